@@ -1,0 +1,35 @@
+"""What one forward pass sees. Tensors only: no requests, no text, no policy."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+PAD_SLOT = 0
+"""The slot that pad rows write to and read from. Never handed to a request."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T tokens of B requests, laid end to end; request b advances by q_start[b + 1] - q_start[b] >= 1.
+
+    One token when decoding, a chunk of the prompt, k + 1 when verifying k drafted tokens: there is no phase.
+    The first `decodes` requests advance by exactly one token, so that attention may use its kernel for that.
+    """
+
+    tokens: Tensor  # [T]    int64 token ids
+    positions: Tensor  # [T]    int64 position of each token within its request
+    slots: Tensor  # [T]    int64 KV slot each token is written to
+    q_start: Tensor  # [B+1]  int32 first token of each request; q_start[B] == T
+    kv_len: Tensor  # [B]    int32 cached tokens of each request, this step included
+    table: Tensor  # [R, L] int32 resident: slot of position p of the request in row r
+    rows: Tensor  # [B]    int32 row of the table that belongs to each request
+    logits_at: Tensor  # [N]    int64 tokens whose logits are wanted
+    decodes: int
+
+
+@dataclass(frozen=True)
+class KVPool:
+    """Keys and values of every cached token, one slot per token; slot 0 is the pad slot."""
+
+    k: Tensor  # [layers, slots, kv_heads, head_dim]
+    v: Tensor  # [layers, slots, kv_heads, head_dim]

@@ -1,0 +1,52 @@
+import torch
+from torch import Tensor
+
+
+def store_kv_(k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Write the K and V `[T, kv_heads, head_dim]` of each token to its slot of the pools `[slots, kv_heads, head_dim]`.
+
+    Slots in one call are distinct, the pad slot excepted.
+    """
+    k_pool[slots] = k
+    v_pool[slots] = v
+
+
+def attend(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    decodes: int,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of each request's new tokens over all its cached tokens, these included.
+
+    q is [T, heads, head_dim]; the pools are [slots, kv_heads, head_dim]. Request b owns tokens
+    q_start[b] to q_start[b + 1] of q (int32 [B + 1]) and the last of them sits at position kv_len[b] - 1 (int32 [B]).
+    Position p of request b is cached in slot table[rows[b], p] (int32 [R, L]; int32 [B]). Query head h reads KV head
+    h // (heads // kv_heads). The first `decodes` requests own exactly one token each; the op's result does not depend
+    on it, its choice of kernel does. `window` limits each token to its last `window` positions, itself included.
+    A request with kv_len 0 gets zeros. Returns [T, heads, head_dim] in q's dtype; softmax and sums in fp32.
+    """
+    out = torch.zeros_like(q)
+    groups = q.shape[1] // k_pool.shape[1]
+    for b, length in enumerate(kv_len.tolist()):
+        tokens = slice(int(q_start[b]), int(q_start[b + 1]))
+        if length == 0 or tokens.start == tokens.stop:
+            continue
+        slots = table[rows[b], :length].long()
+        k = k_pool[slots].float().repeat_interleave(groups, dim=1)
+        v = v_pool[slots].float().repeat_interleave(groups, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q[tokens].float(), k) * scale
+        key = torch.arange(length, device=q.device)
+        query = key[length - scores.shape[1] :, None]
+        visible = key <= query
+        if window is not None:
+            visible &= key > query - window
+        scores.masked_fill_(~visible, float("-inf"))
+        out[tokens] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
+    return out
