@@ -1,0 +1,194 @@
+"""What the user wants (`EngineConfig`), what a model is (`ModelConfig`), and the strict reading of config.json (`HFConfig`)."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lite_llm.errors import BadCheckpoint, UnsupportedModel, UsageError
+from lite_llm.rope import Rope
+
+_MISSING = object()
+_MAX_BYTES = 4 << 20
+
+# Keys that describe training, files or defaults of generation, not the function that the weights compute.
+_HARMLESS = frozenset(
+    """_name_or_path _attn_implementation_autoset architectures attention_dropout auto_map bos_token_id dtype eos_token_id
+    hidden_dropout initializer_range model_type pad_token_id problem_type return_dict torch_dtype torchscript transformers_version
+    unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache id2label label2id finetuning_task task_specific_params
+    tokenizer_class prefix output_attentions output_hidden_states output_scores return_dict_in_generate chunk_size_feed_forward
+    do_sample temperature top_k top_p max_length min_length num_beams num_return_sequences repetition_penalty length_penalty
+    no_repeat_ngram_size early_stopping bad_words_ids diversity_penalty num_beam_groups typical_p epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens
+    encoder_no_repeat_ngram_size remove_invalid_values sep_token_id decoder_start_token_id pruned_heads tf_legacy_loss""".split()
+)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the user wants of the engine. Sizes are in tokens; None lets the engine choose from the memory it finds."""
+
+    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto takes a GPU if there is one
+    dtype: str = "auto"  # "float32", "bfloat16", "float16"; auto: the checkpoint's on a GPU, float32 on a CPU
+    context: int | None = None  # longest prompt + answer; None: what model and pool allow
+    kv_tokens: int | None = None  # slots of the KV pool
+    max_requests: int = 64  # requests that advance together
+    step_tokens: int = 2048  # token budget of one step
+    prefix_cache: bool = True  # keep the KV of finished requests for prompts that begin alike
+    memory_fraction: float = 0.9  # share of the device's free memory that weights, workspace and pool may take
+    ignore_config: tuple[str, ...] = ()  # config.json keys that the user declares harmless
+
+    def __post_init__(self):
+        for name in ("context", "kv_tokens", "max_requests", "step_tokens"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"{name} = {value!r}; expected a whole number of at least 1")
+        if not 0 < self.memory_fraction <= 1:
+            raise UsageError(f"memory_fraction = {self.memory_fraction!r}; expected more than 0 and at most 1")
+        if self.step_tokens < self.max_requests:
+            raise UsageError(
+                f"step_tokens = {self.step_tokens} is less than max_requests = {self.max_requests}",
+                "every running request advances by a token each step",
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise UsageError(f"dtype = {self.dtype!r}; supported: auto, float32, bfloat16, float16")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Facts of the checkpoint, after every default and alias has been resolved."""
+
+    architecture: str
+    num_layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    norm_eps: float
+    max_len: int  # positions that the checkpoint is made for
+    rope: Rope
+    windows: tuple[int | None, ...]  # by layer: how many positions attention looks back; None is all
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_head: bool = False
+    dtype: str = "float32"  # of the stored weights, as config.json states it
+
+    def __post_init__(self):
+        for name in ("num_layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "max_len"):
+            if not 1 <= getattr(self, name) <= 1 << 31:
+                raise UnsupportedModel(f"config.json: {name} = {getattr(self, name)}; expected 1 to 2**31")
+        if self.num_layers > 4096:
+            raise UnsupportedModel(f"config.json: num_layers = {self.num_layers}; expected at most 4096")
+        if self.heads % self.kv_heads:
+            raise UnsupportedModel(
+                f"config.json: {self.heads} attention heads do not divide over {self.kv_heads} key-value heads"
+            )
+        if self.head_dim % 2 or self.head_dim > 256:
+            raise UnsupportedModel(f"config.json: head_dim = {self.head_dim}; supported: even, at most 256")
+        if not (0 < self.norm_eps < 1):
+            raise UnsupportedModel(f"config.json: rms_norm_eps = {self.norm_eps}; expected between 0 and 1")
+        if len(self.windows) != self.num_layers:
+            raise UnsupportedModel(f"config.json: {len(self.windows)} layer_types for {self.num_layers} layers")
+        if any(w is not None and w < 1 for w in self.windows):
+            raise UnsupportedModel(f"config.json: sliding_window = {min(w for w in self.windows if w)}; expected >= 1")
+
+
+class HFConfig:
+    """A `config.json` read with types: nothing is defaulted or ignored by accident.
+
+    Reading a key marks it as understood; `finish` refuses the keys that nobody understood.
+    """
+
+    def __init__(self, raw: dict[str, Any], ignore: tuple[str, ...] = ()):
+        self._raw, self._ignore = raw, frozenset(ignore)
+        self._read: set[str] = set()
+
+    @classmethod
+    def load(cls, directory: Path, ignore: tuple[str, ...] = ()) -> "HFConfig":
+        """Reads `directory/config.json`. BadCheckpoint if it is missing, not an object, or has a key twice."""
+        return cls(read_json(directory / "config.json"), ignore)
+
+    def get(self, kind: type, key: str, default: Any = _MISSING) -> Any:
+        """The value at `key`, checked to be a finite `kind`. "a.b" is nested, "a|b" is a or else b; null is absent."""
+        value = next((v for k in key.split("|") if (v := self._find(k)) is not None), None)
+        if value is None:
+            if default is _MISSING:
+                raise UnsupportedModel(f"config.json has no {key!r}, which this model needs")
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is not object and type(value) is not kind:
+            raise UnsupportedModel(
+                f"config.json: {key} = {_short(value)} is a {type(value).__name__}; expected {kind.__name__}"
+            )
+        if kind is float and not math.isfinite(value):
+            raise UnsupportedModel(f"config.json: {key} = {value}; expected a finite number")
+        return value
+
+    def _find(self, key: str) -> Any:
+        value: Any = self._raw
+        self._read.add(key.split(".")[0])
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """Refuse a checkpoint whose `key` is set to something we would silently get wrong; absent is allowed."""
+        value = self.get(object, key, allowed[0])
+        if not any(type(value) is type(a) and value == a for a in allowed):
+            raise UnsupportedModel(
+                f"config.json: {key} = {_short(value)}; supported: {', '.join(map(repr, allowed))}"
+            )
+
+    def finish(self) -> None:
+        """Refuse keys that nothing has read and that are set to something: they may change what the model computes."""
+        unknown = [
+            key
+            for key, value in self._raw.items()
+            if key not in self._read | _HARMLESS | self._ignore and value not in (None, False, 0, "", [], {})
+        ]
+        if unknown:
+            raise UnsupportedModel(
+                f"config.json: {unknown[0]} = {_short(self._raw[unknown[0]])} is not known"
+                + (f", nor are {', '.join(unknown[1:])}" if unknown[1:] else ""),
+                "if it does not change what the model computes, pass --ignore-config " + ",".join(unknown),
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 4 MiB. BadCheckpoint, naming the file, if it is anything else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) != len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} stands there twice")
+        return dict(pairs)
+
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise BadCheckpoint(f"{path} has {path.stat().st_size} bytes; expected at most {_MAX_BYTES}")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise BadCheckpoint(
+            f"{path} is missing", "a model directory in Hugging Face format has config.json and *.safetensors"
+        ) from None
+    except OSError as error:
+        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise BadCheckpoint(f"{path} is nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise BadCheckpoint(f"{path} is not valid JSON: {error}", "download the file again") from None
+    if not isinstance(value, dict):
+        raise BadCheckpoint(f"{path} holds a {type(value).__name__}; expected an object")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,126 @@
+"""Llama 1 to 3, Mistral, Qwen2, Qwen2.5 and Qwen3: pre-norm decoders with rotary GQA and a gated MLP.
+
+They differ in facts of the checkpoint (biases, QK norm, windows, RoPE scaling), not in the graph.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lite_llm.batch import Batch, KVPool
+from lite_llm.config import HFConfig, ModelConfig
+from lite_llm.errors import UnsupportedModel
+from lite_llm.layers import Attention, Embedding, GatedMLP, Head, LayerFactory, RMSNorm, RopeTable
+from lite_llm.rope import parse_rope
+from lite_llm.weights.rules import Rules
+
+RULES: Rules = {
+    "model.embed_tokens.{w}": "embed.{w}",
+    "model.layers.{i}.input_layernorm.{w}": "blocks.{i}.attn_norm.{w}",
+    "model.layers.{i}.self_attn.rotary_emb.inv_freq": None,  # old Llama files store it; config.json decides
+    "model.layers.{i}.self_attn.o_proj.{w}": "blocks.{i}.attn.out.{w}",
+    "model.layers.{i}.self_attn.{p}_proj.{w}": "blocks.{i}.attn.qkv[{p}].{w}",
+    "model.layers.{i}.self_attn.{p}_norm.{w}": "blocks.{i}.attn.{p}_norm.{w}",
+    "model.layers.{i}.post_attention_layernorm.{w}": "blocks.{i}.mlp_norm.{w}",
+    "model.layers.{i}.mlp.down_proj.{w}": "blocks.{i}.mlp.down.{w}",
+    "model.layers.{i}.mlp.{p}_proj.{w}": "blocks.{i}.mlp.gate_up[{p}].{w}",
+    "model.norm.{w}": "norm.{w}",
+    "lm_head.{w}": "head.{w}",
+}
+
+
+def parse(hf: HFConfig) -> ModelConfig:
+    """The facts of a config.json of this family. UnsupportedModel names the setting that we would compute wrongly."""
+    architecture = hf.get(list, "architectures")[0]
+    layers, hidden = hf.get(int, "num_hidden_layers"), hf.get(int, "hidden_size")
+    heads = hf.get(int, "num_attention_heads")
+    if not 0 < heads <= hidden:
+        raise UnsupportedModel(f"config.json: num_attention_heads = {heads}; expected 1 to hidden_size = {hidden}")
+    kv_heads = hf.get(int, "num_key_value_heads", heads)
+    head_dim = hf.get(int, "head_dim", 0) or hidden // heads
+    if head_dim * heads != hidden and hf.get(int, "head_dim", None) is None:
+        raise UnsupportedModel(f"config.json: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}")
+    hf.expect("hidden_act", "silu")
+    hf.expect("pretraining_tp", 1)  # more would sum partial matmuls in another order
+    hf.expect("is_encoder_decoder", False)
+    hf.expect("tie_encoder_decoder", False)
+    hf.expect("is_decoder", False, True)
+    hf.expect("add_cross_attention", False)
+    hf.expect("cross_attention_hidden_size", None)
+    bias = architecture != "MistralForCausalLM" and hf.get(bool, "attention_bias", False)
+    qwen2 = architecture == "Qwen2ForCausalLM"
+    rope, max_len = parse_rope(hf, head_dim, hf.get(int, "max_position_embeddings"))
+    return ModelConfig(
+        architecture=architecture,
+        num_layers=layers,
+        hidden=hidden,
+        ffn=hf.get(int, "intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=hf.get(int, "vocab_size"),
+        norm_eps=hf.get(float, "rms_norm_eps"),
+        max_len=max_len,
+        rope=rope,
+        windows=_windows(hf, architecture, layers),
+        qkv_bias=qwen2 or bias,
+        out_bias=bias and not qwen2,
+        mlp_bias=architecture == "LlamaForCausalLM" and hf.get(bool, "mlp_bias", False),
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        tied_head=hf.get(bool, "tie_word_embeddings", False),
+        dtype=hf.get(str, "dtype|torch_dtype", "float32"),
+    )
+
+
+def _windows(hf: HFConfig, architecture: str, layers: int) -> tuple[int | None, ...]:
+    """How far each layer looks back: Mistral's window holds for all layers, Qwen's for the later or listed ones."""
+    window = hf.get(int, "sliding_window", None)
+    if architecture == "LlamaForCausalLM":
+        return (None,) * layers
+    if architecture == "MistralForCausalLM":
+        hf.expect("layer_types", None)
+        return (window,) * layers
+    if not hf.get(bool, "use_sliding_window", False):
+        window = None
+    first = hf.get(int, "max_window_layers", layers)
+    kinds = hf.get(list, "layer_types", None)
+    if kinds is None:
+        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModel(f"config.json: layer_types has {kind!r}; supported: full_ and sliding_attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+class Block(nn.Module):
+    def __init__(self, make: LayerFactory, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.attn_norm = RMSNorm(make, cfg.hidden, cfg.norm_eps)
+        self.attn = Attention(make, cfg, layer)
+        self.mlp_norm = RMSNorm(make, cfg.hidden, cfg.norm_eps)
+        self.mlp = GatedMLP(make, cfg.hidden, cfg.ffn, cfg.mlp_bias)
+
+    def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv: KVPool, rope: RopeTable) -> Tensor:
+        """`x` is the previous block's last branch, not yet added to `residual`."""
+        x = self.attn(self.attn_norm.add_(residual, x), batch, kv, rope)
+        return self.mlp(self.mlp_norm.add_(residual, x))
+
+
+class Llama(nn.Module):
+    def __init__(self, make: LayerFactory, cfg: ModelConfig):
+        super().__init__()
+        self.embed = Embedding(make, cfg.vocab, cfg.hidden)
+        self.rope = RopeTable(make, cfg.rope, cfg.max_len)
+        self.blocks = nn.ModuleList(Block(make, cfg, i) for i in range(cfg.num_layers))
+        self.norm = RMSNorm(make, cfg.hidden, cfg.norm_eps)
+        self.head = Head(make, cfg.vocab, cfg.hidden)
+        if cfg.tied_head:
+            self.head.weight = self.embed.weight
+
+    def forward(self, batch: Batch, kv: KVPool) -> Tensor:
+        """Logits [N, vocab] of the tokens at `batch.logits_at`; K and V of all tokens go to their slots."""
+        x = self.embed(batch.tokens)
+        residual = torch.zeros_like(x)
+        for block in self.blocks:
+            x = block(x, residual, batch, kv, self.rope)
+        x = self.norm.add_(residual, x)
+        return self.head(x[batch.logits_at])
