@@ -1,0 +1,165 @@
+"""What a user asks for (`SamplingParams`) and one generation in progress (`Request`). Plain Python: no tensors."""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lite_llm.errors import UsageError
+
+_RANGES = {
+    "max_tokens": (int, 1, 2**31),
+    "min_tokens": (int, 0, 2**31),
+    "temperature": (float, 0, 100),
+    "top_k": (int, 0, 2**31 - 1),
+    "top_p": (float, 0, 1),
+    "min_p": (float, 0, 1),
+    "repetition_penalty": (float, 1e-3, 100),
+    "presence_penalty": (float, -100, 100),
+    "frequency_penalty": (float, -100, 100),
+    "seed": (int, -(2**63), 2**63 - 1),
+    "logprobs": (int, 0, 20),
+    "n": (int, 1, 64),
+}
+_DEFAULTS = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+COLDEST = 1e-4
+"""Temperatures below this are greedy: logits / temperature would leave fp32's useful range."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to pick tokens and when to stop. None takes the checkpoint's generation_config, else the neutral value.
+
+    UsageError names the parameter that is out of its range or of a wrong type; NaN is always out of range.
+    """
+
+    max_tokens: int | None = None  # of the answer; None: the rest of the context
+    min_tokens: int = 0  # no stop token before the answer has this many
+    temperature: float | None = None  # 0: greedy
+    top_k: int | None = None  # 0: all tokens
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None  # over prompt and answer; 1: none
+    presence_penalty: float = 0.0  # over the answer, once per token; 0: none
+    frequency_penalty: float = 0.0  # over the answer, per occurrence; 0: none
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of token ids
+    seed: int | None = None  # None: a fresh one, reported with the answer
+    stop: str | tuple[str, ...] = ()  # strings that end the answer and are not part of it
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # how many alternatives to report per token; 0: the chosen token only
+    n: int = 1  # answers per prompt; answer i uses seed + i
+
+    def __post_init__(self):
+        for name, (kind, low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and type(self).__dataclass_fields__[name].default is None:
+                continue
+            if type(value) is int and kind is float:
+                value = float(value)
+                object.__setattr__(self, name, value)
+            if type(value) is not kind or not low <= value <= high:
+                raise UsageError(f"{name} = {value!r}; expected {_a(kind)} from {low} to {high}")
+        if type(self.ignore_eos) is not bool:
+            raise UsageError(f"ignore_eos = {self.ignore_eos!r}; expected True or False")
+        stop = (self.stop,) if isinstance(self.stop, str) and self.stop else self.stop
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop) or len(stop) > 16:
+            raise UsageError(f"stop = {self.stop!r}; expected at most 16 strings, none empty")
+        object.__setattr__(self, "stop", tuple(stop))
+        if not all(type(t) is int for t in self.stop_token_ids):
+            raise UsageError(f"stop_token_ids = {self.stop_token_ids!r}; expected token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for token, bias in self.logit_bias.items():
+            if type(token) is not int or type(bias) not in (int, float) or not math.isfinite(bias):
+                raise UsageError(f"logit_bias[{token!r}] = {bias!r}; expected token id: finite number")
+
+    def resolved(self, generation_config: Mapping[str, object]) -> "SamplingParams":
+        """With every None but max_tokens and logprobs replaced: by `generation_config`, else by the neutral value."""
+        given = {name: generation_config[name] for name in _DEFAULTS if generation_config.get(name) is not None}
+        if generation_config.get("do_sample"):
+            given.setdefault("temperature", 1.0)
+        else:
+            given["temperature"] = 0.0
+        chosen = {name: value for name, value in (_DEFAULTS | given).items() if getattr(self, name) is None}
+        if self.seed is None:
+            chosen["seed"] = int.from_bytes(os.urandom(4), "little")
+        return dataclasses.replace(self, **chosen)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < COLDEST
+
+    @property
+    def penalized(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _a(kind: type) -> str:
+    return {int: "a whole number", float: "a number"}[kind]
+
+
+@dataclass(eq=False)
+class Request:
+    """One answer in progress. The scheduler places it; `commit` alone adds to `ids` and ends it."""
+
+    ids: list[int]  # prompt, then answer
+    params: SamplingParams  # resolved
+    stop_ids: frozenset[int] = frozenset()  # tokens that end the answer; part of ids, never of the text
+    max_len: int = 1 << 62  # prompt and answer together
+    prompt_len: int = -1
+    cached: int = 0  # tokens whose K and V are in the pool
+    slots: list[int] = field(default_factory=list)  # where they are, in order; len(slots) == cached between steps
+    shared: int = 0  # of these, the first ones that belong to the prefix cache
+    node: object = None  # locked place in the prefix cache, while running
+    row: int | None = None  # row of the slot table, while running
+    written: int = 0  # slots that the device's table knows
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
+    logprobs: list["TokenLogprobs"] = field(default_factory=list)
+    prefix_hit: int = 0  # prompt tokens whose K and V were already there, at first admission
+    preemptions: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    ended: float | None = None
+
+    def __post_init__(self):
+        if self.prompt_len < 0:
+            self.prompt_len = len(self.ids)
+
+    @property
+    def output(self) -> list[int]:
+        return self.ids[self.prompt_len :]
+
+    @property
+    def output_len(self) -> int:
+        return len(self.ids) - self.prompt_len
+
+    @property
+    def pending(self) -> int:
+        """Tokens not yet computed: the rest of the prompt, or the one just sampled."""
+        return len(self.ids) - self.cached
+
+    def append(self, token: int) -> None:
+        """Add a sampled token and end the request if that was its last. -1 is a row without a usable logit."""
+        if token < 0:
+            self.end("error")
+            return
+        self.first_token = self.first_token or time.monotonic()
+        self.ids.append(token)
+        if token in self.stop_ids and self.output_len > self.params.min_tokens:
+            self.end("stop")
+        elif len(self.ids) >= self.max_len:
+            self.end("length")
+
+    def end(self, reason: str) -> None:
+        self.finish_reason, self.ended = reason, time.monotonic()
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities under the model's unmodified distribution."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most probable first

@@ -1,0 +1,106 @@
+"""Which slots of the KV pool are free. Hands them out in runs, takes them back one by one."""
+
+import heapq
+from collections.abc import Iterable
+
+from lite_llm.batch import PAD_SLOT
+from lite_llm.errors import LiteLLMError
+
+
+class PoolFull(LiteLLMError):
+    """More slots were asked for than are free; nothing was taken."""
+
+
+class SlotError(LiteLLMError):
+    """A slot was freed that is not in use."""
+
+
+class SlotPool:
+    """Slots 1 to total - 1 of a pool whose slot 0 is the pad slot.
+
+    Attention reads a run of neighbouring slots a little faster than scattered ones, so `alloc` continues the run it
+    is told to continue, and starts new ones in the middle of the largest gap, where both neighbours can still grow.
+    """
+
+    def __init__(self, total: int):
+        assert PAD_SLOT == 0 and total >= 2
+        self.total = total
+        self.free_count = 0
+        self._in_use = bytearray(b"\1" * total)
+        self._end: dict[int, int] = {}  # first slot of a free run -> one past its last
+        self._start: dict[int, int] = {}  # the reverse
+        self._largest: list[tuple[int, int]] = []  # heap of (-length, first slot); some entries are out of date
+        self.free(range(1, total))
+
+    def alloc(self, n: int, after: int | None = None) -> list[int]:
+        """n slots, beginning with the one behind slot `after` while that is free. PoolFull if there are fewer."""
+        if type(n) is not int or n < 0:
+            raise ValueError(f"cannot allocate {n!r} slots")
+        if n > self.free_count:
+            raise PoolFull(f"{n} KV slots were asked for and {self.free_count} of {self.total - 1} are free")
+        taken: list[int] = []
+        if n and after is not None and after + 1 in self._end:
+            taken += self._take(after + 1, after + 1, n)
+        while len(taken) < n:
+            first, end = self._largest_run()
+            rest, length = n - len(taken), end - first
+            taken += self._take(first, first + (length // 2 if 2 * rest <= length else 0), rest)
+        return taken
+
+    def free(self, slots: Iterable[int]) -> None:
+        """Take slots back. SlotError, and no change, if one is not in use, out of range, the pad slot or named twice."""
+        ordered = sorted(slots)
+        for i, slot in enumerate(ordered):
+            if type(slot) is not int or not 0 < slot < self.total or not self._in_use[slot]:
+                raise SlotError(f"slot {slot!r} of {self.total} is not in use and cannot be freed")
+            if i and ordered[i - 1] == slot:
+                raise SlotError(f"slot {slot} was freed twice in one call")
+        i = 0
+        while i < len(ordered):
+            j = i + 1
+            while j < len(ordered) and ordered[j] == ordered[j - 1] + 1:
+                j += 1
+            self._give(ordered[i], ordered[j - 1] + 1)
+            i = j
+
+    def is_free(self, slot: int) -> bool:
+        return not self._in_use[slot]
+
+    def _take(self, first: int, at: int, n: int) -> list[int]:
+        """Up to n slots from `at` on, out of the free run that begins at `first`."""
+        end = self._end.pop(first)
+        del self._start[end]
+        stop = min(at + n, end)
+        for low, high in ((first, at), (stop, end)):
+            if low < high:
+                self._add_run(low, high)
+        self._in_use[at:stop] = b"\1" * (stop - at)
+        self.free_count -= stop - at
+        return list(range(at, stop))
+
+    def _give(self, first: int, end: int) -> None:
+        self._in_use[first:end] = bytes(end - first)
+        self.free_count += end - first
+        if first in self._start:  # join the free run before
+            before = self._start.pop(first)
+            del self._end[before]
+            first = before
+        if end in self._end:  # and the one behind
+            behind = self._end.pop(end)
+            del self._start[behind]
+            end = behind
+        self._add_run(first, end)
+
+    def _add_run(self, first: int, end: int) -> None:
+        self._end[first], self._start[end] = end, first
+        heapq.heappush(self._largest, (first - end, first))
+        if len(self._largest) > 64 + 4 * len(self._end):
+            self._largest = [(first - end, first) for first, end in self._end.items()]
+            heapq.heapify(self._largest)
+
+    def _largest_run(self) -> tuple[int, int]:
+        while True:
+            length, first = self._largest[0]
+            if self._end.get(first) == first - length:
+                return first, first - length
+            heapq.heappop(self._largest)
