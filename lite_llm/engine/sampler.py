@@ -37,7 +37,9 @@ class Sampler:
         params = [r.params for r in requests]
         heat = self._floats([[0.0 if p.greedy else p.temperature, p.top_p, p.min_p] for p in params])
         whole = torch.tensor([[r.params.seed, len(r.ids), r.params.top_k] for r in requests]).to(self.device).T
-        chosen = ops.sample(logits, heat[0], whole[2].int(), heat[1], heat[2], whole[0].contiguous(), whole[1].contiguous())
+        chosen = ops.sample(
+            logits, heat[0], whole[2].int(), heat[1], heat[2], whole[0].contiguous(), whole[1].contiguous()
+        )
         self._count_(chosen, requests)
         tokens = chosen.tolist()
         if raw is not None:

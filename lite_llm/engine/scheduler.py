@@ -40,8 +40,7 @@ class Scheduler:
         request.max_len = min(request.max_len, self.capacity + 1)  # the last token sampled is never cached
         if request.prompt_len >= request.max_len:
             raise ContextExceeded(
-                f"the prompt has {request.prompt_len} tokens; with at least one for the answer "
-                f"{request.max_len} fit",
+                f"the prompt has {request.prompt_len} tokens; with at least one for the answer {request.max_len} fit",
                 "shorten the prompt or raise the context",
             )
         self.waiting.append(request)

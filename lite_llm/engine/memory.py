@@ -1,0 +1,94 @@
+"""What fits: a plan made before anything is loaded. All sizes in bytes unless a name says tokens."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from lite_llm.config import EngineConfig, ModelConfig
+from lite_llm.errors import DoesNotFit
+
+GIB = 1 << 30
+_RESERVE = {"cuda": 400 << 20, "cpu": 64 << 20}  # library workspaces, modules, fragmentation
+_LEAST_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    device: str
+    free: int  # before loading
+    limit: int  # what the engine may take of it
+    weights: int
+    workspace: int  # activations, logits, tables and library workspaces
+    kv_token: int  # one token's keys and values in all layers
+    kv_tokens: int  # tokens that the pool will hold
+    context: int  # longest prompt + answer, in tokens
+    model_context: int  # what the checkpoint is made for, in tokens
+
+    @property
+    def kv(self) -> int:
+        return self.kv_tokens * self.kv_token
+
+    @property
+    def left(self) -> int:
+        return self.free - self.weights - self.workspace - self.kv
+
+    def __str__(self) -> str:
+        cut = f" (the model's {self.model_context:,} do not fit)" if self.context < self.model_context else ""
+        return (
+            f"{self.device}: {size(self.free)} free = {size(self.weights)} weights + {size(self.workspace)} workspace"
+            f" + {size(self.kv)} KV ({self.kv_tokens:,} tokens of {self.kv_token / 1024:g} KiB)"
+            f" + {size(self.left)} left; context {self.context:,} tokens{cut}"
+        )
+
+
+def size(n: int) -> str:
+    return f"{n / GIB:.2f} GiB" if abs(n) >= GIB // 10 else f"{n / (1 << 20):.1f} MiB"
+
+
+def plan_memory(
+    cfg: ModelConfig, config: EngineConfig, device: torch.device, dtype: torch.dtype, weights: int
+) -> MemoryPlan:
+    """Divide the device's free memory. DoesNotFit, with the numbers, if the wishes in `config` cannot be met."""
+    free, item = free_memory(device), dtype.itemsize
+    limit = int(free * config.memory_fraction)
+    kv_token = 2 * cfg.num_layers * cfg.kv_heads * cfg.head_dim * item
+    wanted = config.context or cfg.max_len
+    if wanted > cfg.max_len:
+        raise DoesNotFit(f"context = {wanted}: this model is made for at most {cfg.max_len} positions")
+
+    def workspace(context: int) -> int:
+        """Activations of a full step, logits in fp32 with the sampler's copies, and the tables."""
+        wide = 5 * cfg.hidden + 2 * (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim + 3 * cfg.ffn
+        logits = config.max_requests * cfg.vocab * (item + 4 * 5)
+        tables = config.max_requests * (4 * context + 4 * cfg.vocab) + 4 * context * cfg.rope.rotary
+        return config.step_tokens * wide * item + logits + tables + _RESERVE[device.type]
+
+    room = (limit - weights - workspace(wanted)) // kv_token - 1  # one slot is the pad slot
+    useful = config.max_requests * wanted
+    if device.type == "cpu":
+        room, useful = room // 2, min(useful, max(4 * wanted, 1 << 15))  # the machine has other uses for its memory
+    tokens = min(config.kv_tokens or useful, useful)
+    least = config.kv_tokens or config.context or min(_LEAST_TOKENS, wanted)
+    if room < least:
+        need = weights + workspace(wanted) + (least + 1) * kv_token
+        raise DoesNotFit(
+            f"{device}: needs {size(need)} ({size(weights)} weights, {size(workspace(wanted))} workspace, "
+            f"{size(least * kv_token)} for {least:,} KV tokens); {size(limit)} of {size(free)} free may be used",
+            "free memory on the device, choose a smaller model, or lower context, kv_tokens, max_requests or step_tokens",
+        )
+    tokens = min(tokens, room)
+    context = min(wanted, tokens)
+    return MemoryPlan(str(device), free, limit, weights, workspace(context), kv_token, tokens, context, cfg.max_len)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated now: on a GPU by the driver's count, on a CPU what Linux calls available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            found = dict(line.split(":", 1) for line in lines)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

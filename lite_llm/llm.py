@@ -1,0 +1,324 @@
+"""Text in, text out: a tokenizer in front of one engine. `generate`, `chat` and `stream` are loops around `step`."""
+
+import dataclasses
+import gc
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lite_llm.config import EngineConfig, HFConfig, read_json
+from lite_llm.engine.build import Blueprint
+from lite_llm.engine.engine import Engine
+from lite_llm.engine.request import Request, SamplingParams
+from lite_llm.errors import BadCheckpoint, UsageError
+from lite_llm.models import registry, shapes
+from lite_llm.outputs import Choice, Delta, Output, Timings, Usage
+from lite_llm.text import Detokenizer, StopMatcher, Tokenizer
+from lite_llm.weights.files import open_checkpoint
+from lite_llm.weights.fused import load_weights
+from lite_llm.weights.hub import Source
+from lite_llm.weights.random import fill_random
+
+log = logging.getLogger("lite_llm")
+DEMO = Path(__file__).parent / "demo" / "chat"
+
+Message = Mapping[str, object]
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text, token ids, or a conversation in OpenAI's form."""
+
+
+class LLM:
+    """A loaded model. As a context manager it frees its memory at the end.
+
+    with LLM("path/or/hub-id") as llm:
+        print(llm.chat([{"role": "user", "content": "Hi"}]).text)
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        shape: str | None = None,
+        random_weights: bool = False,
+        seed: int = 0,
+        say: Callable[[str], None] = log.info,
+        progress: Callable[[int, int], None] | None = None,
+        **options,
+    ):
+        """Plan, load and get ready.
+
+        `model` is a directory in Hugging Face format or a hub id; none at all is the bundled demo. `shape` names a
+        known model's sizes instead (see `lite_llm.models.shapes`), with `random_weights` drawn from `seed` and no
+        tokenizer. `options` are the fields of `EngineConfig`. `say` gets the memory plan and notices, one line each;
+        `progress` gets (bytes loaded, bytes in all). Raises a LiteLLMError that says what is wrong and what to do.
+        """
+        config = _engine_config(options)
+        if shape is not None:
+            if model is not None or not random_weights:
+                raise UsageError(f"shape = {shape!r} has no files", "pass random_weights=True and no model")
+            self._start(HFConfig(shapes.shape_config(shape), config.ignore_config), config, say)
+            self.name, self.tokenizer = shape, None
+            self.generation_config: dict[str, object] = {}
+            self._ready(lambda net: fill_random(net, seed))
+            return
+        if random_weights:
+            raise UsageError("random_weights needs a shape", "pass shape=..., or leave random_weights out")
+        source = Source(str(model or DEMO))
+        self.name = source.name if model else "demo/chat"
+        here = source.description()
+        hf = HFConfig.load(here, config.ignore_config)
+        self._start(hf, config, say)
+        self.tokenizer = Tokenizer.load(here)
+        if self.tokenizer.notice:
+            say(self.tokenizer.notice)
+        if self.tokenizer.vocab_size > self.cfg.vocab:
+            raise BadCheckpoint(
+                f"{here}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.cfg.vocab}",
+                "tokenizer and weights belong to different models",
+            )
+        defaults = here / "generation_config.json"
+        self.generation_config = read_json(defaults) if defaults.exists() else {}
+        for ids in (self.generation_config.get("eos_token_id"), hf.get(object, "eos_token_id", None)):
+            self.eos_ids |= set(_ids(ids))
+        self.eos_ids |= self.tokenizer.eos_ids
+        checkpoint = open_checkpoint(source.directory())
+        rules = registry.find(self.cfg.architecture)[0].RULES
+        self._ready(lambda net: load_weights(net, checkpoint, rules, progress))
+
+    def _start(self, hf: HFConfig, config: EngineConfig, say: Callable[[str], None]) -> None:
+        self._blueprint = Blueprint(registry.parse(hf), config)
+        self.plan, self.cfg = self._blueprint.plan, self._blueprint.cfg
+        self.eos_ids: set[int] = set()
+        self._streams: dict[str, list[_Stream]] = {}
+        self._names = itertools.count(1)
+        say(str(self.plan))
+
+    def _ready(self, fill: Callable[[torch.nn.Module], None]) -> None:
+        self.eos_ids = {token for token in self.eos_ids if 0 <= token < self.cfg.vocab}
+        self._engine = self._blueprint.build(fill, self.tokenizer.vocab_size if self.tokenizer else None)
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model's and the pool's memory. Answers in progress are lost; calling it twice is fine."""
+        self._engine, self._streams = None, {}
+        gc.collect()
+        if self._blueprint.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise UsageError("this LLM is closed", "make another one")
+        return self._engine
+
+    # ---- whole answers
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Output | list[Output]:
+        """Answer one prompt (an Output) or a list of them (a list, in order), all batched together.
+
+        A prompt is text, taken as it is with the tokenizer's BOS, or token ids. `params` is one for all or one each.
+        """
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            return self._answer([prompts], [_one(params)])[0]
+        return self._answer(prompts, _each(params, len(prompts)))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Output | list[Output]:
+        """Answer one conversation (an Output) or a list of them (a list), through the checkpoint's chat template."""
+        if not messages or isinstance(messages[0], Mapping):
+            return self._answer([messages], [_one(params)])[0]
+        return self._answer(messages, _each(params, len(messages)))
+
+    def _answer(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Output]:
+        names: list[str] = []
+        try:
+            for prompt, wish in zip(prompts, params, strict=True):
+                names.append(self.add_request(prompt, wish))
+            while not all(self.finished(name) for name in names):
+                self.step()
+            return [self.result(name) for name in names]
+        finally:
+            for name in names:
+                self.forget(name)
+
+    # ---- as it comes
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """The answer to a prompt or conversation, piece by piece. Leaving the loop early ends the request."""
+        name = self.add_request(prompt, params)
+        try:
+            while not self.finished(name):
+                self.step()
+                for stream in self._streams[name]:
+                    while stream.news:
+                        yield stream.news.popleft()
+        finally:
+            self.forget(name)
+
+    # ---- the step API
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None) -> str:
+        """Queue a prompt; returns its id. UsageError for a bad prompt, ContextExceeded for one that is too long."""
+        ids, params = self.encode(prompt), (params or SamplingParams()).resolved(self.generation_config)
+        name = id if id is not None else f"request-{next(self._names)}"
+        if name in self._streams:
+            raise UsageError(f"request id {name!r} is in use", "choose another, or leave it out")
+        stops = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids)
+        limit = self.cfg.max_len if params.max_tokens is None else len(ids) + params.max_tokens
+        streams: list[_Stream] = []
+        try:
+            for index in range(params.n):
+                own = dataclasses.replace(params, n=1, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
+                request = Request(list(ids), own, stops, max_len=limit)
+                self.engine.add(request)
+                streams.append(_Stream(name, index, request, self.tokenizer))
+        except UsageError:
+            for stream in streams:
+                self.engine.abort(stream.request)
+            raise
+        self._streams[name] = streams
+        return name
+
+    def step(self) -> list[Delta]:
+        """Advance everything that is queued by one step; returns what is new, answers that ended included."""
+        try:
+            self.engine.step()
+        finally:  # a failed step ends its requests, and their streams must hear of it
+            deltas = [
+                d for streams in self._streams.values() for stream in streams if (d := stream.advance(self._engine))
+            ]
+        return deltas
+
+    def abort(self, id: str) -> None:
+        """End a request at any moment; what it has said so far stays in its `result`. Unknown ids are ignored."""
+        for stream in self._streams.get(id, ()):
+            self.engine.abort(stream.request)
+            stream.advance(self.engine)
+
+    def finished(self, id: str) -> bool:
+        """Whether all answers to a request have ended. UsageError for an unknown id."""
+        return all(stream.finish_reason is not None for stream in self._find(id))
+
+    def result(self, id: str) -> Output:
+        """What a request has given so far; complete once it is `finished`."""
+        streams = self._find(id)
+        first = streams[0].request
+        spent = max((s.request.ended or time.monotonic()) for s in streams) - first.arrived
+        latency = (first.first_token or time.monotonic()) - first.arrived
+        decoding = (first.ended or time.monotonic()) - first.arrived - latency
+        return Output(
+            id=id,
+            prompt_ids=tuple(first.ids[: first.prompt_len]),
+            choices=tuple(stream.choice() for stream in streams),
+            usage=Usage(first.prompt_len, first.prefix_hit, sum(s.request.output_len for s in streams)),
+            timings=Timings(
+                latency, spent, (first.output_len - 1) / decoding if first.output_len > 1 and decoding else 0.0
+            ),
+            params=first.params,
+        )
+
+    def forget(self, id: str) -> None:
+        """Drop a request, ending it if need be."""
+        if self._engine is not None:
+            self.abort(id)
+        self._streams.pop(id, None)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt: text with BOS, a conversation through the chat template, ids as they are."""
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise UsageError(f"{self.name} has random weights and no tokenizer", "pass token ids")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.chat_ids(prompt)
+
+    def _find(self, id: str) -> list["_Stream"]:
+        if id not in self._streams:
+            raise UsageError(f"there is no request {id!r}")
+        return self._streams[id]
+
+
+class _Stream:
+    """One answer on its way from token ids to text."""
+
+    def __init__(self, name: str, index: int, request: Request, tokenizer: Tokenizer | None):
+        self.name, self.index, self.request = name, index, request
+        self.detokenizer = Detokenizer(tokenizer) if tokenizer else None
+        self.stops = StopMatcher(request.params.stop)
+        self.text: list[str] = []
+        self.told = 0  # output tokens already turned into text
+        self.finish_reason: str | None = None
+        self.news: deque[Delta] = deque()
+
+    def advance(self, engine: Engine) -> Delta | None:
+        """Turn new tokens into text; None if nothing happened. A stop string ends the request here."""
+        request = self.request
+        fresh = request.output[self.told :] if self.told < request.output_len else []
+        if self.finish_reason is not None or (not fresh and request.finish_reason is None):
+            return None
+        self.told += len(fresh)
+        ended = request.finish_reason is not None
+        spoken = fresh[:-1] if ended and request.finish_reason == "stop" and fresh else fresh
+        text = self.stops.add(self._text(spoken, last=ended))
+        if self.stops.stopped is not None:
+            engine.abort(request, "stop")
+        elif ended:
+            text += self.stops.finish()
+        self.finish_reason = "stop" if self.stops.stopped is not None else request.finish_reason
+        self.text.append(text)
+        self.news.append(Delta(self.name, self.index, text, tuple(fresh), self.finish_reason))
+        return self.news[-1]
+
+    def _text(self, tokens: list[int], last: bool) -> str:
+        if self.detokenizer is None:
+            return ""
+        return self.detokenizer.add(tokens) + (self.detokenizer.finish() if last else "")
+
+    def choice(self) -> Choice:
+        request = self.request
+        stop: str | int | None = self.stops.stopped
+        if stop is None and request.finish_reason == "stop":
+            stop = request.ids[-1]
+        return Choice(
+            self.index, "".join(self.text), tuple(request.output), self.finish_reason or "", stop, request.params.seed,
+            tuple(request.logprobs),
+        )  # fmt: skip
+
+
+def _engine_config(options: Mapping[str, object]) -> EngineConfig:
+    known = {field.name for field in dataclasses.fields(EngineConfig)}
+    if unknown := options.keys() - known:
+        raise UsageError(f"unknown option {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}")
+    return EngineConfig(**options)
+
+
+def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingParams:
+    return _each(params, 1)[0]
+
+
+def _each(params: SamplingParams | Sequence[SamplingParams] | None, n: int) -> list[SamplingParams]:
+    wishes = [params or SamplingParams()] * n if params is None or isinstance(params, SamplingParams) else list(params)
+    if len(wishes) != n:
+        raise UsageError(f"{len(wishes)} sampling parameters for {n} prompts; expected one for all or one each")
+    return wishes
+
+
+def _ids(value: object) -> list[int]:
+    """A token id, a list of them, or nothing, as configs write it."""
+    return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]
