@@ -1,27 +1,35 @@
-"""What the user wants (`EngineConfig`), what a model is (`ModelConfig`), and the strict reading of config.json (`HFConfig`)."""
+"""What the user wants (`EngineConfig`), what a model is (`ModelConfig`), and how config.json is read (`HFConfig`)."""
 
 import json
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lite_llm.errors import BadCheckpoint, UnsupportedModel, UsageError
-from lite_llm.rope import Rope
+
+if TYPE_CHECKING:
+    from lite_llm.rope import Rope
 
 _MISSING = object()
 _MAX_BYTES = 4 << 20
+_MOST = 1 << 24  # no size of a real model is larger
 
 # Keys that describe training, files or defaults of generation, not the function that the weights compute.
 _HARMLESS = frozenset(
-    """_name_or_path _attn_implementation_autoset architectures attention_dropout auto_map bos_token_id dtype eos_token_id
-    hidden_dropout initializer_range model_type pad_token_id problem_type return_dict torch_dtype torchscript transformers_version
-    unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache id2label label2id finetuning_task task_specific_params
-    tokenizer_class prefix output_attentions output_hidden_states output_scores return_dict_in_generate chunk_size_feed_forward
-    do_sample temperature top_k top_p max_length min_length num_beams num_return_sequences repetition_penalty length_penalty
-    no_repeat_ngram_size early_stopping bad_words_ids diversity_penalty num_beam_groups typical_p epsilon_cutoff eta_cutoff
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens
-    encoder_no_repeat_ngram_size remove_invalid_values sep_token_id decoder_start_token_id pruned_heads tf_legacy_loss""".split()
+    """
+    _name_or_path _attn_implementation_autoset architectures attention_dropout auto_map bos_token_id dtype
+    eos_token_id hidden_dropout initializer_range model_type pad_token_id problem_type return_dict torch_dtype
+    torchscript transformers_version unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache id2label
+    label2id finetuning_task task_specific_params tokenizer_class prefix output_attentions output_hidden_states
+    output_scores return_dict_in_generate chunk_size_feed_forward do_sample temperature top_k top_p max_length
+    min_length num_beams num_return_sequences repetition_penalty length_penalty no_repeat_ngram_size
+    early_stopping bad_words_ids diversity_penalty num_beam_groups typical_p epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id suppress_tokens
+    begin_suppress_tokens encoder_no_repeat_ngram_size remove_invalid_values sep_token_id decoder_start_token_id
+    tf_legacy_loss max_sequence_length attn_implementation _attn_implementation gradient_checkpointing
+    """.split()  # noqa: SIM905
 )
 
 
@@ -69,7 +77,7 @@ class ModelConfig:
     vocab: int
     norm_eps: float
     max_len: int  # positions that the checkpoint is made for
-    rope: Rope
+    rope: "Rope"
     windows: tuple[int | None, ...]  # by layer: how many positions attention looks back; None is all
     qkv_bias: bool = False
     out_bias: bool = False
@@ -80,13 +88,11 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("num_layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "max_len"):
-            if not 1 <= getattr(self, name) <= 1 << 31:
-                raise UnsupportedModel(f"config.json: {name} = {getattr(self, name)}; expected 1 to 2**31")
-        if self.num_layers > 4096:
-            raise UnsupportedModel(f"config.json: num_layers = {self.num_layers}; expected at most 4096")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise UnsupportedModel(f"config.json: {name} = {getattr(self, name)}; expected 1 to {_MOST}")
         if self.heads % self.kv_heads:
             raise UnsupportedModel(
-                f"config.json: {self.heads} attention heads do not divide over {self.kv_heads} key-value heads"
+                f"config.json: num_key_value_heads = {self.kv_heads} does not divide num_attention_heads = {self.heads}"
             )
         if self.head_dim % 2 or self.head_dim > 256:
             raise UnsupportedModel(f"config.json: head_dim = {self.head_dim}; supported: even, at most 256")
@@ -95,7 +101,7 @@ class ModelConfig:
         if len(self.windows) != self.num_layers:
             raise UnsupportedModel(f"config.json: {len(self.windows)} layer_types for {self.num_layers} layers")
         if any(w is not None and w < 1 for w in self.windows):
-            raise UnsupportedModel(f"config.json: sliding_window = {min(w for w in self.windows if w)}; expected >= 1")
+            raise UnsupportedModel(f"config.json: sliding_window of {self.windows}; expected at least 1")
 
 
 class HFConfig:
@@ -121,14 +127,36 @@ class HFConfig:
                 raise UnsupportedModel(f"config.json has no {key!r}, which this model needs")
             return default
         if kind is float and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < 1 << 1000 else math.inf
         if kind is not object and type(value) is not kind:
             raise UnsupportedModel(
-                f"config.json: {key} = {_short(value)} is a {type(value).__name__}; expected {kind.__name__}"
+                f"config.json: {key} = {shown(value)} is a {type(value).__name__}; expected {kind.__name__}"
             )
         if kind is float and not math.isfinite(value):
             raise UnsupportedModel(f"config.json: {key} = {value}; expected a finite number")
         return value
+
+    def between(self, kind: type, key: str, low: float, high: float, default: Any = _MISSING) -> Any:
+        """A number from `low` to `high`, these included; the default need not be."""
+        value = self.get(kind, key, default)
+        if value is not default and not low <= value <= high:
+            raise UnsupportedModel(f"config.json: {key} = {shown(value)}; expected {low} to {high}")
+        return value
+
+    def size(self, key: str, default: Any = _MISSING) -> Any:
+        """A whole number of at least 1, and no larger than that of any real model."""
+        return self.between(int, key, 1, _MOST, default)
+
+    def agree(self, kind: type, one: str, other: str, default: Any) -> Any:
+        """The value at either key. UnsupportedModel if they contradict each other."""
+        a, b = self.get(kind, one, None), self.get(kind, other, None)
+        if a is not None and b is not None and a != b:
+            raise UnsupportedModel(f"config.json: {one} = {shown(a)}, but {other} = {shown(b)}")
+        return a if a is not None else b if b is not None else default
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the file mentions a key at all: some defaults differ between an absent key and a null."""
+        return key in self._raw
 
     def _find(self, key: str) -> Any:
         value: Any = self._raw
@@ -141,22 +169,21 @@ class HFConfig:
         """Refuse a checkpoint whose `key` is set to something we would silently get wrong; absent is allowed."""
         value = self.get(object, key, allowed[0])
         if not any(type(value) is type(a) and value == a for a in allowed):
-            raise UnsupportedModel(
-                f"config.json: {key} = {_short(value)}; supported: {', '.join(map(repr, allowed))}"
-            )
+            raise UnsupportedModel(f"config.json: {key} = {shown(value)}; supported: {', '.join(map(repr, allowed))}")
 
     def finish(self) -> None:
         """Refuse keys that nothing has read and that are set to something: they may change what the model computes."""
         unknown = [
-            key
+            key if key.isidentifier() else shown(key)
             for key, value in self._raw.items()
             if key not in self._read | _HARMLESS | self._ignore and value not in (None, False, 0, "", [], {})
         ]
         if unknown:
+            value = f" = {shown(self._raw[unknown[0]])}" if unknown[0] in self._raw else ""
             raise UnsupportedModel(
-                f"config.json: {unknown[0]} = {_short(self._raw[unknown[0]])} is not known"
-                + (f", nor are {', '.join(unknown[1:])}" if unknown[1:] else ""),
-                "if it does not change what the model computes, pass --ignore-config " + ",".join(unknown),
+                f"config.json: {unknown[0]}{value} is not known"
+                + (f", nor are {', '.join(unknown[1:20])}" if unknown[1:] else ""),
+                "if it does not change what the model computes, pass --ignore-config " + ",".join(unknown[:20]),
             )
 
 
@@ -167,13 +194,15 @@ def read_json(path: Path) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         if len(set(keys)) != len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r} stands there twice")
+            raise ValueError(f"the key {shown(twice)} stands there twice")
         return dict(pairs)
 
     try:
+        if path.exists() and not path.is_file():  # a pipe would block, a device never ends
+            raise BadCheckpoint(f"{path} is not a file")
         if path.stat().st_size > _MAX_BYTES:
             raise BadCheckpoint(f"{path} has {path.stat().st_size} bytes; expected at most {_MAX_BYTES}")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise BadCheckpoint(
             f"{path} is missing", "a model directory in Hugging Face format has config.json and *.safetensors"
@@ -189,6 +218,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """A value of a file for a message: one line of printable characters, short, however long or deep the value is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    text = short.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

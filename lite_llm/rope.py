@@ -9,12 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lite_llm.config import HFConfig, shown
 from lite_llm.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from lite_llm.config import HFConfig
 
 
 @dataclass(frozen=True)
@@ -140,48 +139,60 @@ _KEYS = {
 
 def parse_rope(hf: HFConfig, head_dim: int, max_positions: int) -> tuple[Rope, int]:
     """The rotary embedding of a config.json, and the positions that it serves; refuses what it would get wrong."""
-    block = "rope_parameters" if hf.get(object, "rope_parameters", None) else "rope_scaling"
-    given = hf.get(dict, block, {})
-    kind = hf.get(str, f"{block}.rope_type|{block}.type", "default")
+    new, old = (hf.get(dict, name, {}) for name in ("rope_parameters", "rope_scaling"))
+    if new and old:
+        raise UnsupportedModel("config.json has both rope_parameters and rope_scaling; expected one of them")
+    block, given = ("rope_parameters", new) if new else ("rope_scaling", old)
+    kind = hf.agree(str, f"{block}.rope_type", f"{block}.type", "default")
     if kind not in _KEYS:
-        raise UnsupportedModel(f"config.json: rope type {kind!r}; supported: {', '.join(_KEYS)}")
-    hf.expect(f"{block}.partial_rotary_factor|partial_rotary_factor", 1.0, 1)
-    for key in given.keys() - _KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+        raise UnsupportedModel(f"config.json: {block}.rope_type = {shown(kind)}; supported: {', '.join(_KEYS)}")
+    for place in (f"{block}.partial_rotary_factor", "partial_rotary_factor"):
+        hf.expect(place, 1.0, 1)
+    for key in sorted(given.keys() - _KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
         if given[key] is not None:
-            raise UnsupportedModel(f"config.json: {block}.{key} = {given[key]!r} is not known for rope type {kind!r}")
-    theta = hf.get(float, "rope_parameters.rope_theta|rope_scaling.rope_theta|rope_theta", 10000.0)
-    if theta <= 1:
-        raise UnsupportedModel(f"config.json: rope_theta = {theta}; expected more than 1")
+            name = key if key.isidentifier() else shown(key)
+            raise UnsupportedModel(f"config.json: {block}.{name} = {shown(given[key])} is not known for type {kind!r}")
+    theta = hf.agree(float, f"{block}.rope_theta", "rope_theta", 10000.0)
+    if not 1 < theta <= 1e15:
+        raise UnsupportedModel(f"config.json: rope_theta = {theta}; expected more than 1 and at most 1e15")
     if kind == "default":
         return Rope(theta, head_dim), max_positions
 
-    factor = hf.get(float, f"{block}.factor")
-    original = hf.get(int, f"{block}.original_max_position_embeddings|original_max_position_embeddings", max_positions)
-    if not (factor >= 1 and original >= 1):
-        raise UnsupportedModel(f"config.json: {block}: factor = {factor}, original length {original}; expected >= 1")
-    if kind == "linear":
-        return Rope(theta, head_dim, Linear(factor)), int(max_positions * factor)
-    if kind == "dynamic":  # transformers grows the base from max_position_embeddings on
-        return Rope(theta, head_dim, Dynamic(factor, max_positions)), int(max_positions * factor)
-    if kind == "llama3":
-        low, high = (hf.get(float, f"{block}.{name}_freq_factor") for name in ("low", "high"))
-        if not 0 < low < high:
-            raise UnsupportedModel(f"config.json: {block}: low_freq_factor = {low}, high_freq_factor = {high}")
-        return Rope(theta, head_dim, Llama3(factor, low, high, original)), max_positions
-    return Rope(theta, head_dim, _parse_yarn(hf, block, factor, original)), max(max_positions, int(original * factor))
+    factor = hf.between(float, f"{block}.factor", 1, 1e6)
+    original = hf.size(f"{block}.original_max_position_embeddings", max_positions)
+    reach = max_positions * factor if kind in ("linear", "dynamic") else original * factor if kind == "yarn" else 0
+    if reach > 1 << 24:  # beyond, positions are not exact in fp32
+        raise UnsupportedModel(f"config.json: {block}.factor = {factor} makes {reach:.0f} positions; at most 2**24")
+    max_len = max(max_positions, int(reach))
+    match kind:
+        case "linear":
+            return Rope(theta, head_dim, Linear(factor)), max_len
+        case "dynamic":  # transformers grows the base from max_position_embeddings on
+            if head_dim == 2:
+                raise UnsupportedModel("config.json: rope type 'dynamic' with head_dim = 2; expected at least 4")
+            return Rope(theta, head_dim, Dynamic(factor, max_positions)), max_len
+        case "llama3":
+            low, high = (hf.between(float, f"{block}.{name}_freq_factor", 1e-6, 1e6) for name in ("low", "high"))
+            if not low < high:
+                raise UnsupportedModel(
+                    f"config.json: {block}.low_freq_factor = {low}; expected less than high_freq_factor = {high}"
+                )
+            return Rope(theta, head_dim, Llama3(factor, low, high, original)), max_len
+    return Rope(theta, head_dim, _parse_yarn(hf, block, factor, original)), max_len
 
 
 def _parse_yarn(hf: HFConfig, block: str, factor: float, original: int) -> Yarn:
     def magnitude(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    mscale, all_dim = (hf.get(float, f"{block}.{name}", 0.0) for name in ("mscale", "mscale_all_dim"))
+    mscale, all_dim = (hf.between(float, f"{block}.{name}", 0, 1e6, 0.0) for name in ("mscale", "mscale_all_dim"))
     attention = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+    slow = hf.between(float, f"{block}.beta_slow", 1e-6, 1e6, 1.0)
     return Yarn(
         factor=factor,
         original_len=original,
-        attention_factor=hf.get(float, f"{block}.attention_factor", attention),
-        beta_fast=hf.get(float, f"{block}.beta_fast", 32.0),
-        beta_slow=hf.get(float, f"{block}.beta_slow", 1.0),
+        attention_factor=hf.between(float, f"{block}.attention_factor", 1e-6, 1e6, attention),
+        beta_fast=hf.between(float, f"{block}.beta_fast", slow, 1e6, 32.0),
+        beta_slow=slow,
         truncate=hf.get(bool, f"{block}.truncate", True),
     )

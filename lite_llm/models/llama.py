@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lite_llm.batch import Batch, KVPool
-from lite_llm.config import HFConfig, ModelConfig
+from lite_llm.config import HFConfig, ModelConfig, shown
 from lite_llm.errors import UnsupportedModel
 from lite_llm.layers import Attention, Embedding, GatedMLP, Head, LayerFactory, RMSNorm, RopeTable
 from lite_llm.rope import parse_rope
@@ -31,15 +31,18 @@ RULES: Rules = {
 def parse(hf: HFConfig) -> ModelConfig:
     """The facts of a config.json of this family. UnsupportedModel names the setting that we would compute wrongly."""
     architecture = hf.get(list, "architectures")[0]
-    layers, hidden = hf.get(int, "num_hidden_layers"), hf.get(int, "hidden_size")
-    heads = hf.get(int, "num_attention_heads")
-    if not 0 < heads <= hidden:
-        raise UnsupportedModel(f"config.json: num_attention_heads = {heads}; expected 1 to hidden_size = {hidden}")
-    kv_heads = hf.get(int, "num_key_value_heads", heads)
-    head_dim = hf.get(int, "head_dim", 0) or hidden // heads
-    if head_dim * heads != hidden and hf.get(int, "head_dim", None) is None:
-        raise UnsupportedModel(f"config.json: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}")
+    hf.expect("model_type", architecture.removesuffix("ForCausalLM").lower())
+    layers, hidden = hf.between(int, "num_hidden_layers", 1, 4096), hf.size("hidden_size")
+    heads = hf.between(int, "num_attention_heads", 1, hidden)
+    llama = architecture == "LlamaForCausalLM"
+    kv_heads = hf.size("num_key_value_heads", heads) if llama else hf.size("num_key_value_heads")
+    head_dim = hf.size("head_dim", 128 if architecture == "Qwen3ForCausalLM" else None)  # transformers' default
+    if head_dim is None:
+        if hidden % heads:
+            raise UnsupportedModel(f"config.json: num_attention_heads = {heads} does not divide hidden_size = {hidden}")
+        head_dim = hidden // heads
     hf.expect("hidden_act", "silu")
+    hf.expect("is_causal", True)
     hf.expect("pretraining_tp", 1)  # more would sum partial matmuls in another order
     hf.expect("is_encoder_decoder", False)
     hf.expect("tie_encoder_decoder", False)
@@ -48,23 +51,24 @@ def parse(hf: HFConfig) -> ModelConfig:
     hf.expect("cross_attention_hidden_size", None)
     bias = architecture != "MistralForCausalLM" and hf.get(bool, "attention_bias", False)
     qwen2 = architecture == "Qwen2ForCausalLM"
-    rope, max_len = parse_rope(hf, head_dim, hf.get(int, "max_position_embeddings"))
+    rope, max_len = parse_rope(hf, head_dim, hf.size("max_position_embeddings"))
+    hf.expect("dtype|torch_dtype", "float32", "bfloat16", "float16")
     return ModelConfig(
         architecture=architecture,
         num_layers=layers,
         hidden=hidden,
-        ffn=hf.get(int, "intermediate_size"),
+        ffn=hf.size("intermediate_size"),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab=hf.get(int, "vocab_size"),
+        vocab=hf.size("vocab_size"),
         norm_eps=hf.get(float, "rms_norm_eps"),
         max_len=max_len,
         rope=rope,
         windows=_windows(hf, architecture, layers),
         qkv_bias=qwen2 or bias,
         out_bias=bias and not qwen2,
-        mlp_bias=architecture == "LlamaForCausalLM" and hf.get(bool, "mlp_bias", False),
+        mlp_bias=llama and hf.get(bool, "mlp_bias", False),
         qk_norm=architecture == "Qwen3ForCausalLM",
         tied_head=hf.get(bool, "tie_word_embeddings", False),
         dtype=hf.get(str, "dtype|torch_dtype", "float32"),
@@ -73,21 +77,25 @@ def parse(hf: HFConfig) -> ModelConfig:
 
 def _windows(hf: HFConfig, architecture: str, layers: int) -> tuple[int | None, ...]:
     """How far each layer looks back: Mistral's window holds for all layers, Qwen's for the later or listed ones."""
-    window = hf.get(int, "sliding_window", None)
     if architecture == "LlamaForCausalLM":
         return (None,) * layers
     if architecture == "MistralForCausalLM":
         hf.expect("layer_types", None)
-        return (window,) * layers
-    if not hf.get(bool, "use_sliding_window", False):
-        window = None
-    first = hf.get(int, "max_window_layers", layers)
+        return (hf.size("sliding_window", None if "sliding_window" in hf else 4096),) * layers
+    window, first = hf.size("sliding_window", None), hf.between(int, "max_window_layers", 0, 1 << 24, None)
     kinds = hf.get(list, "layer_types", None)
+    if not hf.get(bool, "use_sliding_window", False):
+        window, first = None, layers
+    elif window is None or (kinds is None and first is None):
+        raise UnsupportedModel("config.json: use_sliding_window without sliding_window and max_window_layers")
     if kinds is None:
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedModel(f"config.json: layer_types has {kind!r}; supported: full_ and sliding_attention")
+        if kind not in ("full_attention", "sliding_attention")[: 1 if window is None else 2]:
+            raise UnsupportedModel(
+                f"config.json: layer_types has {shown(kind)}; supported: 'full_attention', and with use_sliding_window "
+                "'sliding_attention'"
+            )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

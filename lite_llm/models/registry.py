@@ -2,7 +2,7 @@
 
 import importlib
 
-from lite_llm.config import HFConfig, ModelConfig
+from lite_llm.config import HFConfig, ModelConfig, shown
 from lite_llm.errors import UnsupportedModel
 from lite_llm.quant import format_of
 
@@ -26,8 +26,8 @@ def find(architecture: str):
 def parse(hf: HFConfig) -> ModelConfig:
     """What a config.json describes. UnsupportedModel for anything that we would not compute as its author meant."""
     architectures = hf.get(list, "architectures")
-    if len(architectures) != 1 or not isinstance(architectures[0], str):
-        raise UnsupportedModel(f"config.json: architectures = {architectures!r}; expected one name")
+    if len(architectures) != 1 or type(architectures[0]) is not str or not architectures[0].isidentifier():
+        raise UnsupportedModel(f"config.json: architectures = {shown(architectures)}; expected one name")
     module, _ = find(architectures[0])
     format_of(hf.get(dict, "quantization_config", None))
     cfg = module.parse(hf)

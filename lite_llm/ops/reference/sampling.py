@@ -6,6 +6,9 @@ from torch import Tensor
 PROMPT = 1 << 30
 """Flag in a count: the token occurs in the prompt. The bits below count its occurrences in the output."""
 
+MIN_TEMPERATURE = 1e-5
+"""Colder temperatures, 0 excepted, count as this one: logits divided by less could pass the range of fp32."""
+
 _MASK = 0xFFFFFFFF
 
 
@@ -34,7 +37,8 @@ def sample(
     seeds: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """One token id per row of fp32 `logits[N, V]`; int64 [N]. -1 where a row has NaN, +inf or no finite logit.
+    """One token id per row of fp32 `logits[N, V]`; int64 [N]. -1 where a row has NaN, +inf or no finite logit, before
+    or after the division by its temperature.
 
     `temperature` fp32 [N]: 0 takes the largest logit, ties to the lowest id. Otherwise, on logits / temperature:
     `top_k` int32 [N] keeps the k largest (0: all); of these `top_p` fp32 [N] keeps each token for which the tokens
@@ -43,9 +47,9 @@ def sample(
     The draw is the Gumbel-max of the kept logits, with noise from Philox4x32-10 (doi 10.1145/2063384.2063405) at
     key `seeds` (int64 [N]) and counter (token id, position, 0, 0), `positions` int64 [N].
     """
-    bad = logits.isnan().any(-1) | (logits == torch.inf).any(-1) | (logits == -torch.inf).all(-1)
     greedy = temperature == 0
-    scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    scaled = logits / torch.where(greedy, 1.0, temperature.clamp(min=MIN_TEMPERATURE))[:, None]
+    bad = scaled.isnan().any(-1) | (scaled == torch.inf).any(-1) | (scaled == -torch.inf).all(-1)
     noise = gumbel(seeds, positions, logits.shape[1])
     noisy = torch.where(scaled >= _cutoff(scaled, top_k, top_p, min_p)[:, None], scaled + noise, -torch.inf)
     chosen = torch.where(greedy[:, None], logits, noisy)
@@ -59,7 +63,7 @@ def _cutoff(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
     last = torch.where(top_k > 0, top_k, ordered.shape[1]).clamp(max=ordered.shape[1]).long() - 1
     cut = ordered.gather(1, last[:, None])
     kept = torch.where(ordered >= cut, ordered, -torch.inf)
-    probs = kept.softmax(-1)
+    probs = kept.double().softmax(-1)  # so that mass is exact, as far as top_p can tell
     first_of_its_value = torch.searchsorted(-ordered.contiguous(), -ordered, side="left")
     before = (probs.cumsum(-1) - probs).gather(1, first_of_its_value)  # mass strictly more probable
     inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
@@ -70,10 +74,13 @@ def _cutoff(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise [N, vocab] in fp32: -log(-log(u)), u = (philox's first word >> 8 + 0.5) / 2**24."""
+    """Standard Gumbel noise [N, vocab] in fp32: -log(-log(u)), u = ((philox's first word >> 9) + 0.5) / 2**23.
+
+    With 24 bits the largest u would round to 1 and its noise be infinite: one draw in a hundred over 150k tokens.
+    """
     ids = torch.arange(vocab, device=seeds.device)
     word = philox(seeds[:, None], ids[None], positions[:, None])
-    u = ((word >> 8).float() + 0.5) * 2.0**-24
+    u = ((word >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(u))
 
 
