@@ -199,10 +199,8 @@ class LLM:
         try:
             self.engine.step()
         finally:  # a failed step ends its requests, and their streams must hear of it
-            deltas = [
-                d for streams in self._streams.values() for stream in streams if (d := stream.advance(self._engine))
-            ]
-        return deltas
+            news = [stream.advance(self.engine) for streams in self._streams.values() for stream in streams]
+        return [delta for delta in news if delta is not None]
 
     def abort(self, id: str) -> None:
         """End a request at any moment; what it has said so far stays in its `result`. Unknown ids are ignored."""
@@ -221,14 +219,13 @@ class LLM:
         spent = max((s.request.ended or time.monotonic()) for s in streams) - first.arrived
         latency = (first.first_token or time.monotonic()) - first.arrived
         decoding = (first.ended or time.monotonic()) - first.arrived - latency
+        rate = (first.output_len - 1) / decoding if first.output_len > 1 and decoding > 0 else 0.0
         return Output(
             id=id,
             prompt_ids=tuple(first.ids[: first.prompt_len]),
             choices=tuple(stream.choice() for stream in streams),
             usage=Usage(first.prompt_len, first.prefix_hit, sum(s.request.output_len for s in streams)),
-            timings=Timings(
-                latency, spent, (first.output_len - 1) / decoding if first.output_len > 1 and decoding else 0.0
-            ),
+            timings=Timings(latency, spent, rate),
             params=first.params,
         )
 
@@ -269,7 +266,7 @@ class _Stream:
     def advance(self, engine: Engine) -> Delta | None:
         """Turn new tokens into text; None if nothing happened. A stop string ends the request here."""
         request = self.request
-        fresh = request.output[self.told :] if self.told < request.output_len else []
+        fresh = request.ids[request.prompt_len + self.told :]
         if self.finish_reason is not None or (not fresh and request.finish_reason is None):
             return None
         self.told += len(fresh)

@@ -71,11 +71,12 @@ class Rope:
 
         positions = torch.arange(max_len, dtype=torch.float32)
         if isinstance(self.scaling, Dynamic):
-            seen = (positions + 1).clamp(min=self.scaling.original_len)
+            # float64: fp32 powers differ in the last bit with the place in a vector, so with the length of the table
+            seen = (positions.double() + 1).clamp(min=self.scaling.original_len)
             factor, original = self.scaling.factor, self.scaling.original_len
             growth = (factor * seen / original) - (factor - 1)
             bases = self.theta * growth ** (self.rotary / (self.rotary - 2))
-            angle = positions[:, None] * _inverse_frequencies(bases[:, None], self.rotary)
+            angle = positions[:, None] * _inverse_frequencies(bases[:, None], self.rotary).float()
             return angle.cos(), angle.sin()
         frequency = _inverse_frequencies(self.theta, self.rotary)
         scale = 1.0

@@ -103,7 +103,7 @@ class Blueprint:
             room = (free_memory(self.device) - (plan.free - plan.limit) - plan.workspace) // plan.kv_token
             if room < plan.context + 1:
                 raise DoesNotFit(
-                    f"{self.device}: after loading there is room for {room:,} KV tokens; the plan was {plan.kv_tokens:,}",
+                    f"{self.device}: after loading {room:,} KV tokens fit; the plan was {plan.kv_tokens:,}",
                     "another program took memory meanwhile: stop it, or lower --context",
                 )
             slots = min(slots, room)

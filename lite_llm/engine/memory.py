@@ -75,7 +75,7 @@ def plan_memory(
         raise DoesNotFit(
             f"{device}: needs {size(need)} ({size(weights)} weights, {size(workspace(wanted))} workspace, "
             f"{size(least * kv_token)} for {least:,} KV tokens); {size(limit)} of {size(free)} free may be used",
-            "free memory on the device, choose a smaller model, or lower context, kv_tokens, max_requests or step_tokens",
+            "free memory, choose a smaller model, or lower context, kv_tokens, max_requests or step_tokens",
         )
     tokens = min(tokens, room)
     context = min(wanted, tokens)

@@ -36,10 +36,9 @@ class Sampler:
         self._bias_(logits, requests)
         params = [r.params for r in requests]
         heat = self._floats([[0.0 if p.greedy else p.temperature, p.top_p, p.min_p] for p in params])
-        whole = torch.tensor([[r.params.seed, len(r.ids), r.params.top_k] for r in requests]).to(self.device).T
-        chosen = ops.sample(
-            logits, heat[0], whole[2].int(), heat[1], heat[2], whole[0].contiguous(), whole[1].contiguous()
-        )
+        whole = torch.tensor([[r.params.seed, len(r.ids), r.params.top_k] for r in requests])
+        seeds, positions, top_k = whole.T.contiguous().to(self.device)
+        chosen = ops.sample(logits, heat[0], top_k.int(), heat[1], heat[2], seeds, positions)
         self._count_(chosen, requests)
         tokens = chosen.tolist()
         if raw is not None:

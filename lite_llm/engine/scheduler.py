@@ -135,7 +135,7 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _leave(self, request: Request) -> None:
-        """Take a request off its row. What it has computed goes to the prefix cache; slots it holds beyond are freed."""
+        """Take a request off its row. What it has computed goes to the prefix cache; slots beyond are freed."""
         spare = request.slots[request.cached :]
         if request.finish_reason == "error":  # its K and V may be damaged
             mine = request.slots[request.shared : request.cached]

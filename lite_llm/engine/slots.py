@@ -48,7 +48,7 @@ class SlotPool:
         return taken
 
     def free(self, slots: Iterable[int]) -> None:
-        """Take slots back. SlotError, and no change, if one is not in use, out of range, the pad slot or named twice."""
+        """Take slots back. SlotError, and no change, if one is free, out of range, the pad slot or named twice."""
         ordered = sorted(slots)
         for i, slot in enumerate(ordered):
             if type(slot) is not int or not 0 < slot < self.total or not self._in_use[slot]:
