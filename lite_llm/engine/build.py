@@ -20,7 +20,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def pick_device(config: EngineConfig) -> torch.device:
-    """The device that `config` names, "auto" being a GPU if torch can use one. EnvironmentProblem if it cannot be used."""
+    """The device that `config` names; "auto": a GPU if torch can use one. EnvironmentProblem if it cannot be used."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

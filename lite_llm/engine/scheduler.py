@@ -73,12 +73,12 @@ class Scheduler:
                 self._leave(request)
 
     def cancel(self, request: Request, reason: str) -> None:
-        """End a request wherever it is; nothing happens if it has ended."""
+        """End a request wherever it is, queued or not; nothing happens if it has ended."""
         if request.finish_reason is None:
             request.end(reason)
             if request.row is not None:
                 self._leave(request)
-            else:
+            elif request in self.waiting:
                 self.waiting.remove(request)
 
     def fail(self, plan: Plan, reason: str) -> None:

@@ -1,6 +1,7 @@
 """Which slots of the KV pool are free. Hands them out in runs, takes them back one by one."""
 
 import heapq
+import itertools
 from collections.abc import Iterable
 
 from lite_llm.batch import PAD_SLOT
@@ -49,11 +50,13 @@ class SlotPool:
 
     def free(self, slots: Iterable[int]) -> None:
         """Take slots back. SlotError, and no change, if one is free, out of range, the pad slot or named twice."""
-        ordered = sorted(slots)
-        for i, slot in enumerate(ordered):
+        slots = list(slots)
+        for slot in slots:
             if type(slot) is not int or not 0 < slot < self.total or not self._in_use[slot]:
                 raise SlotError(f"slot {slot!r} of {self.total} is not in use and cannot be freed")
-            if i and ordered[i - 1] == slot:
+        ordered = sorted(slots)
+        for slot, following in itertools.pairwise(ordered):
+            if slot == following:
                 raise SlotError(f"slot {slot} was freed twice in one call")
         i = 0
         while i < len(ordered):

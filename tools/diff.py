@@ -1,0 +1,186 @@
+"""Compare lite_llm with transformers on one model: logits and, layer by layer, the hidden states.
+
+    python tools/diff.py path/to/checkpoint
+    python tools/diff.py --shape llama-3.2-1b --shape qwen2.5-7b --json docs/results/parity.json     (random weights)
+
+The yardstick is transformers in float32 with the same (rounded) weights. Both sides are judged in the model's dtype:
+ratio = our error / transformers' own error in that dtype; up to 2 is rounding, more is a bug, and the exit code is 1.
+Weights come from transformers' side through the model's RULES, so the loader is on trial too.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
+
+from lite_llm.batch import Batch, KVPool
+from lite_llm.config import HFConfig
+from lite_llm.errors import LiteLLMError
+from lite_llm.layers import LayerFactory
+from lite_llm.models import registry, shapes
+from lite_llm.weights import rules
+from tools.environment import environment
+
+LIMIT = 2.0
+LENGTHS = (512, 37, 129, 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", nargs="*", type=Path, help="directories in Hugging Face format")
+    parser.add_argument("--shape", action="append", default=[], help="a named shape with random weights")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layers", action="store_true", help="print every layer")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    results = []
+    for name in [*args.checkpoint, *args.shape]:
+        try:
+            result = compare(name, getattr(torch, args.dtype), torch.device(args.device), args.layers)
+        except LiteLLMError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        results.append(result)
+        print(
+            f"{result['model']:<24} {args.dtype}: logits error ours {result['ours']:.3e}, transformers "
+            f"{result['theirs']:.3e}, ratio {result['ratio']:.2f} (largest row {result['worst_row_ratio']:.2f}); "
+            f"argmax equal to float32: ours {result['argmax_ours']:.4f}, transformers {result['argmax_theirs']:.4f}; "
+            f"{'ok' if result['ok'] else 'PARTS at layer ' + str(result['parts_at'])}",
+            flush=True,
+        )
+    if args.json:
+        record = environment() | {"limit": LIMIT, "prompt_lengths": LENGTHS, "results": results}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if all(result["ok"] for result in results) else 1
+
+
+@torch.inference_mode()
+def compare(name: Path | str, dtype: torch.dtype, device: torch.device, show_layers: bool) -> dict:
+    """Errors of both sides against float32, as norms relative to float32's; see the file's head."""
+    started = time.monotonic()
+    theirs, raw = _their_model(name, dtype, device)
+    cfg = registry.parse(HFConfig(raw))
+    module, cls = registry.find(cfg.architecture)
+    ours = cls(LayerFactory(dtype, device), cfg)
+    rules.load(ours, module.RULES, theirs.state_dict().items())
+
+    torch.manual_seed(0)
+    prompts = [torch.randint(0, cfg.vocab, (n,), device=device) for n in LENGTHS]
+    got, got_layers = _our_forward(ours, cfg, prompts, dtype, device)
+    rounded, rounded_layers = _their_forward(theirs, prompts)
+    del ours
+    exact, exact_layers = _their_forward(theirs.float(), prompts)
+
+    layers = [
+        (_error(a, c), _error(b, c)) for a, b, c in zip(got_layers, rounded_layers, exact_layers, strict=True)
+    ]
+    floor = torch.finfo(dtype).eps
+    parts = next((i for i, (a, b) in enumerate(layers) if a > LIMIT * b + floor), None)
+    if show_layers:
+        for i, (a, b) in enumerate(layers):
+            print(f"  into layer {i:>3}: ours {a:.3e}, transformers {b:.3e}")
+    ours_error, their_error = _error(got, exact), _error(rounded, exact)
+    rows = (got - exact).norm(dim=-1) / (rounded - exact).norm(dim=-1).clamp(min=floor * exact.norm(dim=-1))
+    return {
+        "model": str(name),
+        "dtype": str(dtype),
+        "ours": ours_error,
+        "theirs": their_error,
+        "ratio": ours_error / max(their_error, floor),
+        "worst_row_ratio": rows.max().item(),
+        "max_abs_ours": (got - exact).abs().max().item(),
+        "max_abs_theirs": (rounded - exact).abs().max().item(),
+        "argmax_ours": (got.argmax(-1) == exact.argmax(-1)).float().mean().item(),
+        "argmax_theirs": (rounded.argmax(-1) == exact.argmax(-1)).float().mean().item(),
+        "parts_at": parts,
+        "ok": parts is None and ours_error <= LIMIT * their_error + floor,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _their_model(name: Path | str, dtype: torch.dtype, device: torch.device) -> tuple[torch.nn.Module, dict]:
+    if isinstance(name, Path):
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+        return model, json.loads((name / "config.json").read_text())
+    raw = shapes.shape_config(name)
+    config = transformers.AutoConfig.for_model(**raw)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    generator = torch.Generator(device).manual_seed(0)
+    for key, parameter in model.named_parameters():  # biases and norms too, which transformers would leave at 0 and 1
+        parameter.data.normal_(1.0 if "norm" in key else 0.0, 0.1 if "norm" in key else 0.02, generator=generator)
+    return model, raw
+
+
+def _their_forward(model: torch.nn.Module, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    outs = [model(prompt[None], output_hidden_states=True, use_cache=False) for prompt in prompts]
+    depth = len(outs[0].hidden_states) - 1  # the last one is behind the final norm
+    hidden = [torch.cat([out.hidden_states[i][0].float() for out in outs]) for i in range(depth)]
+    return torch.cat([out.logits[0].float() for out in outs]), hidden
+
+
+def _our_forward(model, cfg, prompts: list[Tensor], dtype, device) -> tuple[Tensor, list[Tensor]]:
+    """All prompts in one ragged batch but for their last tokens, which follow as one batch of decodes."""
+    pool = (cfg.num_layers, sum(LENGTHS) + 1, cfg.kv_heads, cfg.head_dim)
+    kv = KVPool(torch.full(pool, torch.nan, dtype=dtype, device=device), torch.full(pool, torch.nan, dtype=dtype, device=device))
+    slots = 1 + torch.randperm(sum(LENGTHS), device=device)
+    starts = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
+    table = torch.zeros(len(prompts), max(LENGTHS), dtype=torch.int32, device=device)
+    for row, n in enumerate(LENGTHS):
+        table[row, :n] = slots[starts[row] : starts[row] + n].int()
+    captured: list[Tensor] = []
+    hooks = [b.register_forward_pre_hook(lambda _, a: captured.append((a[0] + a[1]).float())) for b in model.blocks]
+    whole: dict[int, list[Tensor]] = {}
+    for pieces in ([(0, n - 1) for n in LENGTHS], [(n - 1, 1) for n in LENGTHS]):
+        pieces = [(row, done, n) for row, (done, n) in enumerate(pieces) if n]
+        captured.clear()
+        logits = model(_batch(prompts, pieces, table, device), kv)
+        at = 0
+        for row, _, n in pieces:
+            whole.setdefault(row, []).append(torch.stack([t[at : at + n] for t in captured]).transpose(0, 1))
+            whole.setdefault(row + len(prompts), []).append(logits[at : at + n].float())
+            at += n
+    for hook in hooks:
+        hook.remove()
+    hidden = torch.cat([torch.cat(whole[row]) for row in range(len(prompts))])
+    logits = torch.cat([torch.cat(whole[row + len(prompts)]) for row in range(len(prompts))])
+    return logits, list(hidden.unbind(1))
+
+
+def _batch(prompts, pieces, table: Tensor, device) -> Batch:
+    ints = dict(dtype=torch.int32, device=device)
+    counts = [n for _, _, n in pieces]
+    rows = torch.repeat_interleave(torch.tensor([r for r, _, _ in pieces]), torch.tensor(counts)).to(device)
+    positions = torch.cat([torch.arange(done, done + n) for _, done, n in pieces]).to(device)
+    return Batch(
+        tokens=torch.cat([prompts[row][done : done + n] for row, done, n in pieces]),
+        positions=positions,
+        slots=table[rows, positions].long(),
+        q_start=torch.tensor([0, *counts]).cumsum(0).to(**ints),
+        kv_len=torch.tensor([done + n for _, done, n in pieces], **ints),
+        table=table,
+        rows=torch.tensor([row for row, _, _ in pieces], **ints),
+        logits_at=torch.arange(sum(counts), device=device),
+        decodes=len(pieces) if max(counts) == 1 else 0,
+    )
+
+
+def _error(a: Tensor, exact: Tensor) -> float:
+    return ((a.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
