@@ -191,10 +191,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 4 MiB. BadCheckpoint, naming the file, if it is anything else."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {shown(twice)} stands there twice")
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {shown(key)} stands there twice")
+            seen.add(key)
         return dict(pairs)
 
     try:

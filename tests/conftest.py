@@ -1,14 +1,17 @@
 """Every test starts from seed 0 with fresh memory full of NaN; without a GPU kernels run in Triton's interpreter."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # tests run side by side, and tiny tensors lose far more to threads than they gain
+
+SKIPS = Path(__file__).parent / "skips.txt"
+"""How many tests are skipped on a machine without a GPU; with one, none is."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +39,18 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """A run of the whole suite fails if it skips another number of tests than was recorded."""
+    config = session.config
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    whole = config.args == config.getini("testpaths") and not config.option.keyword and not config.option.markexpr
+    if reporter is None or not whole or hasattr(config, "workerinput") or session.exitstatus != 0:
+        return
+    skipped = len(reporter.stats.get("skipped", []))
+    expected = 0 if torch.cuda.is_available() else int(SKIPS.read_text())
+    if skipped != expected:
+        reporter.write_line(f"{skipped} tests were skipped; {SKIPS.name} says {expected}: find out why", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -3,7 +3,7 @@
     python tools/diff.py path/to/checkpoint
     python tools/diff.py --shape llama-3.2-1b --shape qwen2.5-7b --json docs/results/parity.json     (random weights)
 
-The yardstick is transformers in float32 with the same (rounded) weights. Both sides are judged in the model's dtype:
+The yardstick is transformers in float32 with the same (rounded) weights (float64 for --dtype float32). Both sides are judged in the model's dtype:
 ratio = our error / transformers' own error in that dtype; up to 2 is rounding, more is a bug, and the exit code is 1.
 Weights come from transformers' side through the model's RULES, so the loader is on trial too.
 """
@@ -53,7 +53,7 @@ def main() -> int:
         print(
             f"{result['model']:<24} {args.dtype}: logits error ours {result['ours']:.3e}, transformers "
             f"{result['theirs']:.3e}, ratio {result['ratio']:.2f} (largest row {result['worst_row_ratio']:.2f}); "
-            f"argmax equal to float32: ours {result['argmax_ours']:.4f}, transformers {result['argmax_theirs']:.4f}; "
+            f"argmax as the yardstick's: ours {result['argmax_ours']:.4f}, transformers {result['argmax_theirs']:.4f}; "
             f"{'ok' if result['ok'] else 'PARTS at layer ' + str(result['parts_at'])}",
             flush=True,
         )
@@ -78,17 +78,16 @@ def compare(name: Path | str, dtype: torch.dtype, device: torch.device, show_lay
     got, got_layers = _our_forward(ours, cfg, prompts, dtype, device)
     rounded, rounded_layers = _their_forward(theirs, prompts)
     del ours
-    exact, exact_layers = _their_forward(theirs.float(), prompts)
+    exact, exact_layers = _their_forward(theirs.double() if dtype == torch.float32 else theirs.float(), prompts)
 
-    layers = [
-        (_error(a, c), _error(b, c)) for a, b, c in zip(got_layers, rounded_layers, exact_layers, strict=True)
-    ]
+    layers = [(_error(a, c), _error(b, c)) for a, b, c in zip(got_layers, rounded_layers, exact_layers, strict=True)]
     floor = torch.finfo(dtype).eps
     parts = next((i for i, (a, b) in enumerate(layers) if a > LIMIT * b + floor), None)
     if show_layers:
         for i, (a, b) in enumerate(layers):
             print(f"  into layer {i:>3}: ours {a:.3e}, transformers {b:.3e}")
     ours_error, their_error = _error(got, exact), _error(rounded, exact)
+    got, rounded, exact = got.double(), rounded.double(), exact.double()
     rows = (got - exact).norm(dim=-1) / (rounded - exact).norm(dim=-1).clamp(min=floor * exact.norm(dim=-1))
     return {
         "model": str(name),
@@ -128,14 +127,16 @@ def _their_model(name: Path | str, dtype: torch.dtype, device: torch.device) -> 
 def _their_forward(model: torch.nn.Module, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     outs = [model(prompt[None], output_hidden_states=True, use_cache=False) for prompt in prompts]
     depth = len(outs[0].hidden_states) - 1  # the last one is behind the final norm
-    hidden = [torch.cat([out.hidden_states[i][0].float() for out in outs]) for i in range(depth)]
-    return torch.cat([out.logits[0].float() for out in outs]), hidden
+    hidden = [torch.cat([out.hidden_states[i][0] for out in outs]) for i in range(depth)]
+    return torch.cat([out.logits[0] for out in outs]), hidden
 
 
 def _our_forward(model, cfg, prompts: list[Tensor], dtype, device) -> tuple[Tensor, list[Tensor]]:
     """All prompts in one ragged batch but for their last tokens, which follow as one batch of decodes."""
     pool = (cfg.num_layers, sum(LENGTHS) + 1, cfg.kv_heads, cfg.head_dim)
-    kv = KVPool(torch.full(pool, torch.nan, dtype=dtype, device=device), torch.full(pool, torch.nan, dtype=dtype, device=device))
+    kv = KVPool(
+        torch.full(pool, torch.nan, dtype=dtype, device=device), torch.full(pool, torch.nan, dtype=dtype, device=device)
+    )
     slots = 1 + torch.randperm(sum(LENGTHS), device=device)
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
     table = torch.zeros(len(prompts), max(LENGTHS), dtype=torch.int32, device=device)

@@ -26,7 +26,9 @@ def environment() -> dict:
     if torch.cuda.is_available():
         record["gpu"] = torch.cuda.get_device_name()
         record["clocks"] = _run(
-            "nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,clocks_throttle_reasons.active", "--format=csv,noheader"
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.sm,clocks.mem,clocks_throttle_reasons.active",
+            "--format=csv,noheader",
         )
     return record
 
