@@ -15,6 +15,7 @@ from lite_llm.engine.memory import MemoryPlan, free_memory, plan_memory
 from lite_llm.errors import DoesNotFit, EnvironmentProblem, UnsupportedModel
 from lite_llm.layers import LayerFactory
 from lite_llm.models.registry import find
+from lite_llm.ops.reference.attention import HEAD_DIMS, MAX_GROUP
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,6 +68,16 @@ def pick_dtype(config: EngineConfig, cfg: ModelConfig, device: torch.device) -> 
     return _DTYPES[cfg.dtype] if device.type == "cuda" else torch.float32
 
 
+def _require_kernels(cfg: ModelConfig, device: torch.device) -> None:
+    group = cfg.heads // cfg.kv_heads
+    if device.type == "cuda" and (cfg.head_dim not in HEAD_DIMS or group > MAX_GROUP):
+        raise UnsupportedModel(
+            f"config.json: head_dim = {cfg.head_dim}, {group} query heads per KV head; the GPU kernels support "
+            f"head_dim {', '.join(map(str, HEAD_DIMS))} and up to {MAX_GROUP} heads",
+            "use --device cpu",
+        )
+
+
 class Blueprint:
     """A model that is planned but not loaded: what it needs and whether it fits is known, nothing is allocated."""
 
@@ -75,6 +86,7 @@ class Blueprint:
         self.config = config
         self.device = pick_device(config)
         self.dtype = pick_dtype(config, cfg, self.device)
+        _require_kernels(cfg, self.device)
         _, self._model = find(cfg.architecture)
         shadow = self._model(LayerFactory(self.dtype, "meta"), dataclasses.replace(cfg, max_len=1))
         weights = sum(p.numel() * p.element_size() for p in shadow.parameters())

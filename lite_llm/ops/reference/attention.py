@@ -1,6 +1,10 @@
 import torch
 from torch import Tensor
 
+HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 256)
+MAX_GROUP = 16
+"""What `attend`'s kernels serve, in features of a head and query heads of a KV head; the reference takes any."""
+
 
 def store_kv_(k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Write the K and V `[T, kv_heads, head_dim]` of each token to its slot of the pools `[slots, kv_heads, head_dim]`.

@@ -50,6 +50,7 @@ def sample(
     greedy = temperature == 0
     scaled = logits / torch.where(greedy, 1.0, temperature.clamp(min=MIN_TEMPERATURE))[:, None]
     bad = scaled.isnan().any(-1) | (scaled == torch.inf).any(-1) | (scaled == -torch.inf).all(-1)
+    scaled = torch.where(bad[:, None], 0.0, scaled)
     noise = gumbel(seeds, positions, logits.shape[1])
     noisy = torch.where(scaled >= _cutoff(scaled, top_k, top_p, min_p)[:, None], scaled + noise, -torch.inf)
     chosen = torch.where(greedy[:, None], logits, noisy)

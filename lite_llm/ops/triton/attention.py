@@ -1,0 +1,258 @@
+"""Causal attention over single-token slots: flash attention here, flash-decoding for one-token requests in decode.py.
+
+Both run on ragged batches without padding and read every length on the device, so a graph can replay them.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lite_llm.ops.reference.attention import HEAD_DIMS, MAX_GROUP
+from lite_llm.ops.triton.aot import SHARED, AotCase
+from lite_llm.ops.triton.decode import LOG2E, LOWEST, capability, decode
+from lite_llm.ops.triton.layout import FLOATS, check
+
+
+class Tiles(NamedTuple):
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles(head_dim: int, itemsize: int, windowed: bool, capability: int) -> Tiles:
+    """Rows (tokens times the heads of a group) and keys per tile: a fact of model and GPU, never of the batch.
+
+    For sm_90 at 64 and 128 without a window the best of those measured; all others are the largest that spill nothing.
+    """
+    wide = triton.next_power_of_2(head_dim)
+    if itemsize == 4:  # exact fp32 products run on the plain cores
+        return Tiles(16, 16, 8 if wide == 128 else 4, 1 if wide <= 64 else 2)
+    if wide <= 64:
+        return Tiles(128, 64, 8, 3 if wide == 64 else 2)
+    if wide == 128 and capability in (90, 100):
+        large = capability == 90 and head_dim == 128 and not windowed
+        return Tiles(128, 128, 8, 3) if large else Tiles(128, 64, 8, 3)
+    if wide == 128:
+        return Tiles(64, 32, 8, 3) if windowed else Tiles(128, 32, 8, 3)
+    return Tiles(128, 32, 8, 2) if capability == 90 else Tiles(64, 32, 8, 2)
+
+
+def attend(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    decodes: int,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    _check(q, k_pool, v_pool, table, rows, q_start, kv_len, decodes, scale, window)
+    out = torch.empty_like(q)
+    if decodes:
+        decode(q, k_pool, v_pool, out, table, rows, kv_len, decodes, scale, window)
+    if len(q) > decodes:
+        _advance(q, k_pool, v_pool, out, table, rows, q_start, kv_len, decodes, scale, window)
+    return out
+
+
+def _advance(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, out: Tensor, table: Tensor, rows: Tensor, q_start: Tensor,
+    kv_len: Tensor, decodes: int, scale: float, window: int | None,
+) -> None:  # fmt: skip
+    """Write the rows of `out` from `decodes` on: those of the other requests, and zeros where no request owns one."""
+    tokens, heads, head_dim = q.shape
+    kv_heads, requests = k_pool.shape[1], len(rows) - decodes
+    group = heads // kv_heads
+    shape = tiles(head_dim, q.element_size(), window is not None, capability(q.device))
+    # Each request, and the pad rows behind the last, may leave one tile unfilled.
+    most = (tokens - decodes) * group // shape.block_m + requests + 1
+    _attend_kernel[(kv_heads, most)](
+        q, k_pool, v_pool, out, table, rows, q_start, kv_len,
+        table.stride(0), decodes, requests, tokens, scale, window or 0,
+        KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, WIDE=triton.next_power_of_2(head_dim),
+        WINDOWED=window is not None, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
+        num_warps=shape.num_warps, num_stages=shape.num_stages,
+    )  # fmt: skip
+
+
+def _check(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, rows: Tensor, q_start: Tensor, kv_len: Tensor,
+    decodes: int, scale: float, window: int | None,
+) -> None:  # fmt: skip
+    """A kernel reads whatever its pointers say, so anything it cannot read right is refused here, by name."""
+    for name, t, dims in (("q", q, 3), ("k_pool", k_pool, 3), ("table", table, 2), ("rows", rows, 1)):
+        if t.dim() != dims:
+            raise ValueError(f"{name}: shape {list(t.shape)}; expected {dims} dims")
+    (tokens, heads, head_dim), (slots, kv_heads, _), (requests,) = q.shape, k_pool.shape, rows.shape
+    check("q", q, dtype=FLOATS)
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        check(name, pool, (slots, kv_heads, head_dim), q.dtype, like=q)
+    for name, t, size in (("rows", rows, requests), ("q_start", q_start, requests + 1), ("kv_len", kv_len, requests)):
+        check(name, t, (size,), torch.int32, like=q)
+    check("table", table, dtype=torch.int32, like=q, contiguous=False)
+    if table.stride(1) != 1 and table.shape[1] > 1:
+        raise ValueError(f"table: strides {list(table.stride())}; expected contiguous rows")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"q: head_dim = {head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}")
+    if kv_heads == 0 or heads % kv_heads or not 1 <= heads // kv_heads <= MAX_GROUP:
+        raise ValueError(f"q: {heads} heads for {kv_heads} KV heads; supported: 1 to {MAX_GROUP} for each")
+    if not 0 <= decodes <= min(requests, tokens):
+        raise ValueError(f"decodes: {decodes}; expected 0 to {min(requests, tokens)}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: {window}; expected at least 1, or None")
+    if not scale > 0:
+        raise ValueError(f"scale: {scale}; expected more than 0")
+
+
+def aot_cases(capability: int) -> list[AotCase]:
+    sizes = [(d, "bf16", 4, w) for d in HEAD_DIMS for w in (False, True)] + [(d, "fp32", 4, True) for d in HEAD_DIMS]
+    sizes += [(128, "fp16", 4, False)] + [(128, "bf16", g, True) for g in (1, 2, 3, 5, 7, 8, 16)]
+    return [_case(capability, *size) for size in sizes]
+
+
+def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool) -> AotCase:
+    shape = tiles(head_dim, 4 if dtype == "fp32" else 2, windowed, capability)
+    kinds = dict.fromkeys(("q", "k_pool", "v_pool", "out"), f"*{dtype}") | {"scale": "fp32"}
+    kinds |= dict.fromkeys(("table", "rows", "q_start", "kv_len"), "*i32")
+    kinds |= dict.fromkeys(("table_stride", "decodes", "requests", "tokens", "window"), "i32")
+    constants = {"KV_HEADS": 8, "GROUP": group, "HEAD_DIM": head_dim, "WIDE": triton.next_power_of_2(head_dim)}
+    constants |= {"WINDOWED": windowed, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
+    name = f"attend-{dtype}-d{head_dim}-g{group}" + "-window" * windowed
+    unaligned = dict.fromkeys(("table", "rows", "q_start", "kv_len"), 1)
+    return AotCase(
+        name, _attend_kernel, kinds, constants, unaligned, shape.num_warps, shape.num_stages, SHARED[capability]
+    )
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "decodes", "requests", "tokens", "window"],
+    do_not_specialize_on_alignment=["table", "rows", "q_start", "kv_len"],
+)
+def _attend_kernel(
+    q, k_pool, v_pool, out, table, rows, q_start, kv_len,
+    table_stride, decodes, requests, tokens, scale, window,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M (token, head) pairs of one request: the heads are those of one KV head, which share its keys.
+
+    `requests` counts those after the first `decodes`; a last one without keys owns the pad rows and gives them zeros.
+    """
+    kv_head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles of a prompt see the most keys: longest first
+    rows += decodes
+    q_start += decodes
+    kv_len += decodes
+
+    # Request b's tiles begin at number (tokens before it) * GROUP // BLOCK_M + b, so no list of tiles is needed.
+    request = -1
+    some = tl.arange(0, 128)
+    for first in range(0, requests + 1, 128):
+        before = tl.load(q_start + first + some, first + some <= requests, other=tokens) - decodes
+        begins = before * GROUP // BLOCK_M + first + some
+        request += tl.sum(((begins <= tile) & (first + some <= requests)).to(tl.int32))
+    begin = tl.load(q_start + request)
+    end, length = tokens, 0
+    if request < requests:
+        end = tl.load(q_start + request + 1)
+        length = tl.load(kv_len + request)
+        table += tl.load(rows + request).to(tl.int64) * table_stride
+    count = (end - begin) * GROUP
+    first_row = (tile - (begin - decodes) * GROUP // BLOCK_M - request) * BLOCK_M
+    if first_row >= count:
+        return
+    k_pool += kv_head * HEAD_DIM
+    v_pool += kv_head * HEAD_DIM
+
+    row = first_row + tl.arange(0, BLOCK_M)
+    col = tl.arange(0, WIDE)
+    real = (row < count)[:, None] & (col < HEAD_DIM)[None, :]
+    head = (begin + row // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+    at = head[:, None] * HEAD_DIM + col[None, :]
+    queries = tl.load(q + at, real, other=0.0)
+    position = length - (end - begin) + row // GROUP
+    first_position = length - (end - begin) + first_row // GROUP
+    last_position = length - (end - begin) + (tl.minimum(first_row + BLOCK_M, count) - 1) // GROUP
+
+    # Keys [start, edge) and [middle, stop) need masks, as some rows do not see them; keys [edge, middle) need none.
+    start, edge, stop = 0, 0, last_position + 1
+    middle = tl.maximum(first_position + 1, 0) // BLOCK_N * BLOCK_N
+    if WINDOWED:
+        start = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+        edge = tl.minimum(tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N) * BLOCK_N, stop)
+        middle = tl.maximum(edge, middle)
+
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
+    scale *= LOG2E
+    # The next tile's slots travel in a loop variable: loaded where they are used, they would stop the pipelining.
+    key = tl.arange(0, BLOCK_N)
+    slots = tl.load(table + start + key, start + key < stop, other=0)
+    if WINDOWED:
+        for n in tl.range(start, edge, BLOCK_N):
+            slots, peak, total, acc = _tile(
+                queries, k_pool, v_pool, table, slots, peak, total, acc, position, n, stop, scale, window,
+                KV_HEADS, HEAD_DIM, WIDE, True, True, BLOCK_N,
+            )  # fmt: skip
+    for n in tl.range(edge, middle, BLOCK_N):
+        slots, peak, total, acc = _tile(
+            queries, k_pool, v_pool, table, slots, peak, total, acc, position, n, stop, scale, window,
+            KV_HEADS, HEAD_DIM, WIDE, False, WINDOWED, BLOCK_N,
+        )  # fmt: skip
+    for n in tl.range(middle, stop, BLOCK_N):
+        slots, peak, total, acc = _tile(
+            queries, k_pool, v_pool, table, slots, peak, total, acc, position, n, stop, scale, window,
+            KV_HEADS, HEAD_DIM, WIDE, True, WINDOWED, BLOCK_N,
+        )  # fmt: skip
+
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]  # a row that sees no key gets zeros
+    tl.store(out + at, acc.to(out.dtype.element_ty), real)
+
+
+@triton.jit
+def _tile(
+    queries, k_pool, v_pool, table, slots, peak, total, acc, position, n, stop, scale, window,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax over the keys at [n, n + BLOCK_N); also loads the slots of the tile after it."""
+    key = n + tl.arange(0, BLOCK_N)
+    col = tl.arange(0, WIDE)
+    offset = slots.to(tl.int64) * (KV_HEADS * HEAD_DIM)  # int64: slots * kv_heads * head_dim passes 2**31
+    slots = tl.load(table + key + BLOCK_N, key + BLOCK_N < stop, other=0)
+    at = offset[:, None] + col[None, :]
+    k = _load(k_pool + at, (key < stop)[:, None], (col < HEAD_DIM)[None, :], MASKED, WIDE != HEAD_DIM)
+    scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        visible = key[None, :] <= position[:, None]
+        if WINDOWED:
+            visible &= key[None, :] > position[:, None] - window
+        scores = tl.where(visible, scores, -float("inf"))
+    highest = tl.maximum(peak, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - highest[:, None])
+    fade = tl.exp2(peak - highest)
+    total = total * fade + tl.sum(weights, 1)
+    v = _load(v_pool + at, (key < stop)[:, None], (col < HEAD_DIM)[None, :], MASKED, WIDE != HEAD_DIM)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return slots, highest, total, acc
+
+
+@triton.jit
+def _load(at, keys, cols, MASK_KEYS: tl.constexpr, MASK_COLS: tl.constexpr):
+    """A tile of K or V. Masked, never multiplied by a mask: what lies in a slot of another request may be NaN."""
+    if MASK_KEYS and MASK_COLS:
+        return tl.load(at, keys & cols, other=0.0)
+    elif MASK_KEYS:
+        return tl.load(at, keys, other=0.0)
+    elif MASK_COLS:
+        return tl.load(at, cols, other=0.0)
+    else:
+        return tl.load(at)
