@@ -25,9 +25,11 @@ def shape_names() -> list[str]:
 
 
 def _tiny(config: Config) -> Config:
-    """Two layers, 128 wide, at most two KV heads, 512 tokens and 1,024 positions."""
+    """Two layers, 128 to 256 wide, at most two KV heads, 512 tokens and 1,024 positions."""
     heads, kv_heads, hidden = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
-    few, width, positions = min(kv_heads, 2), 128, 1024
+    few, positions = min(kv_heads, 2), 1024
+    step = 16 * few * (heads // kv_heads)  # transformers wants a multiple of the heads, kernels one of 16
+    width = -(-128 // step) * step
     shrink = config["max_position_embeddings"] // positions
     tiny = {
         **config,

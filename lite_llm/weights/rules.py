@@ -101,7 +101,9 @@ class Filling:
             raise BadCheckpoint(f"{name}: the model that config.json describes has no parameter {piece.parameter}")
         param, owner = self.model.get_parameter(piece.parameter), self.canonical[piece.parameter]
         if piece.tensor.dtype not in (_FLOATS if param.dtype in _FLOATS else {param.dtype}):
-            raise BadCheckpoint(f"{name} -> {piece}: stored as {_short(piece.tensor.dtype)}; needed: {_short(param.dtype)}")
+            raise BadCheckpoint(
+                f"{name} -> {piece}: stored as {_short(piece.tensor.dtype)}; needed: {_short(param.dtype)}"
+            )
         if not self.allow_nonfinite:
             _require_finite(name, piece.tensor, param.dtype)
         if first := self.came.get((owner, piece.part)):
@@ -120,7 +122,9 @@ class Filling:
             raise BadCheckpoint(f"{name} -> {piece}: {other} is stored there already")
         tensor = piece.tensor
         if param.shape != tensor.shape:
-            raise BadCheckpoint(f"{name}: shape {tuple(tensor.shape)}, but {other}, tied to it, has {tuple(param.shape)}")
+            raise BadCheckpoint(
+                f"{name}: shape {tuple(tensor.shape)}, but {other}, tied to it, has {tuple(param.shape)}"
+            )
         if not (param.is_meta or tensor.is_meta) and not torch.equal(param, tensor.to(param)):
             raise BadCheckpoint(
                 f"{name} and {other} differ, but config.json ties them (tie_word_embeddings)",

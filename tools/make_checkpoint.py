@@ -1,0 +1,146 @@
+"""Write a whole Hugging Face directory with random weights in the shape of a known model: for tests and benchmarks.
+
+    python tools/make_checkpoint.py llama-3.2-1b OUT [--dtype bfloat16] [--seed 0] [--shard-size 5GB]
+
+The tokenizer is a small byte-level BPE trained here; config.json keeps the shape's vocabulary size.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lite_llm.errors import LiteLLMError, UsageError  # noqa: E402
+from lite_llm.models.shapes import shape_config, shape_names  # noqa: E402
+from lite_llm.weights.files import INDEX, SINGLE  # noqa: E402
+from lite_llm.weights.publish import new_directory  # noqa: E402
+from lite_llm.weights.random import hf_shapes, random_hf_tensors  # noqa: E402
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = """A model is a function from the tokens so far to the odds of the token that comes next. The weights of this one
+are random, so that its answers mean nothing; but it is as large, as deep and as fast as the model it is named after.
+One request waits, two requests run; some prompts are short and others fill the whole context. Numbers such as 0, 1,
+2, 16, 128 and 2048, words such as attention, memory, bandwidth, cache, kernel, layer, head and rotation, and signs
+such as (a + b) * c = d; [x, y]; {"key": "value"} are common in what people ask. The capital of France is Paris."""
+
+
+def make_checkpoint(shape: str, out: Path, dtype: str, seed: int, shard_bytes: int) -> None:
+    """`out` must not exist; it appears when it is whole."""
+    config = {**shape_config(shape), "dtype": dtype}
+    tokenizer = train_tokenizer(min(config["vocab_size"], 512))
+    start, end, pad = (tokenizer.token_to_id(token) for token in (START, END, PAD))
+    config |= {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
+    with new_directory(out) as partial:
+        write_json(partial / "config.json", config)
+        write_json(
+            partial / "generation_config.json",
+            {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad, "do_sample": False},
+        )
+        write_tokenizer(partial, tokenizer, config["max_position_embeddings"])
+        write_weights(partial, config, DTYPES[dtype], seed, shard_bytes)
+
+
+def train_tokenizer(vocab: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[START, END, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
+    return tokenizer
+
+
+def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> None:
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": START,
+            "eos_token": END,
+            "pad_token": PAD,
+            "model_max_length": max_length,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": TEMPLATE,
+        },
+    )
+
+
+def write_weights(directory: Path, config: dict[str, Any], dtype: torch.dtype, seed: int, shard_bytes: int) -> None:
+    """Tensors in order, a new file whenever the next one would pass `shard_bytes`."""
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in hf_shapes(config).items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    tensors, weight_map = random_hf_tensors(config, seed, dtype), {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
+        shard = dict(itertools.islice(tensors, len(names)))
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # safetensors makes it private
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "200MB" or "1000"."""
+    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB|)", text.strip().upper())
+    if not match or not int(match[1]):
+        raise UsageError(f"--shard-size = {text!r}; expected a size such as 5GB, 200MB or a number of bytes")
+    return int(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"shapes: {', '.join(shape_names())}",
+    )
+    parser.add_argument("shape", metavar="SHAPE", help="a model's name, or tiny-NAME")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard-size", default="5GB", help="largest weight file, unless one tensor is larger")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    try:
+        shard_bytes = parse_size(options.shard_size)
+        make_checkpoint(options.shape, options.out, options.dtype, options.seed, shard_bytes)
+    except LiteLLMError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{options.out}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
