@@ -14,14 +14,15 @@ import torch
 from lite_llm.config import EngineConfig, HFConfig, read_json
 from lite_llm.engine.build import Blueprint
 from lite_llm.engine.engine import Engine
+from lite_llm.engine.memory import MemoryPlan
 from lite_llm.engine.request import Request, SamplingParams
 from lite_llm.errors import BadCheckpoint, UsageError
 from lite_llm.models import registry, shapes
 from lite_llm.outputs import Choice, Delta, Output, Timings, Usage
 from lite_llm.text import Detokenizer, StopMatcher, Tokenizer
 from lite_llm.weights.files import open_checkpoint
-from lite_llm.weights.fused import load_weights
 from lite_llm.weights.hub import Source
+from lite_llm.weights.loading import load_weights
 from lite_llm.weights.random import fill_random
 
 log = logging.getLogger("lite_llm")
@@ -162,11 +163,12 @@ class LLM:
         """The answer to a prompt or conversation, piece by piece. Leaving the loop early ends the request."""
         name = self.add_request(prompt, params)
         try:
-            while not self.finished(name):
+            while True:  # others may step between two pieces, so what is queued comes first
+                while news := next((stream.news for stream in self._find(name) if stream.news), None):
+                    yield news.popleft()
+                if self.finished(name):
+                    return
                 self.step()
-                for stream in self._streams[name]:
-                    while stream.news:
-                        yield stream.news.popleft()
         finally:
             self.forget(name)
 
@@ -249,6 +251,13 @@ class LLM:
         if id not in self._streams:
             raise UsageError(f"there is no request {id!r}")
         return self._streams[id]
+
+
+def plan(model: str | Path | None = None, **options) -> MemoryPlan:
+    """What `LLM(model, **options)` would take, from the config alone; raises what that would raise."""
+    config = _engine_config(options)
+    here = Source(str(model or DEMO)).description()
+    return Blueprint(registry.parse(HFConfig.load(here, config.ignore_config)), config).plan
 
 
 class _Stream:

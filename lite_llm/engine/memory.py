@@ -64,11 +64,9 @@ def plan_memory(
         tables = config.max_requests * (4 * context + 4 * cfg.vocab) + 4 * context * cfg.rope.rotary
         return config.step_tokens * wide * item + logits + tables + _RESERVE[device.type]
 
+    if config.kv_tokens and config.context and config.context > config.kv_tokens:
+        raise DoesNotFit(f"context = {config.context} is more than the pool will hold: kv_tokens = {config.kv_tokens}")
     room = (limit - weights - workspace(wanted)) // kv_token - 1  # one slot is the pad slot
-    useful = config.max_requests * wanted
-    if device.type == "cpu":
-        room, useful = room // 2, min(useful, max(4 * wanted, 1 << 15))  # the machine has other uses for its memory
-    tokens = min(config.kv_tokens or useful, useful)
     least = config.kv_tokens or config.context or min(_LEAST_TOKENS, wanted)
     if room < least:
         need = weights + workspace(wanted) + (least + 1) * kv_token
@@ -77,7 +75,10 @@ def plan_memory(
             f"{size(least * kv_token)} for {least:,} KV tokens); {size(limit)} of {size(free)} free may be used",
             "free memory, choose a smaller model, or lower context, kv_tokens, max_requests or step_tokens",
         )
-    tokens = min(tokens, room)
+    useful = config.max_requests * wanted
+    if device.type == "cpu":  # the machine has other uses for its memory
+        useful = min(useful, max(4 * wanted, 1 << 15), max(room // 2, least))
+    tokens = config.kv_tokens or min(useful, room)
     context = min(wanted, tokens)
     return MemoryPlan(str(device), free, limit, weights, workspace(context), kv_token, tokens, context, cfg.max_len)
 

@@ -1,12 +1,12 @@
 """What a user asks for (`SamplingParams`) and one generation in progress (`Request`). Plain Python: no tensors."""
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lite_llm.config import shown
 from lite_llm.errors import UsageError
 
 _RANGES = {
@@ -26,6 +26,8 @@ _RANGES = {
 _DEFAULTS = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 COLDEST = 1e-4
 """Temperatures below this are greedy: logits / temperature would leave fp32's useful range."""
+MOST_BIAS = 1e9
+"""Enough to force or ban a token; a logit with it, divided by the coldest temperature, stays finite in fp32."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,28 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and type(self).__dataclass_fields__[name].default is None:
                 continue
-            if type(value) is int and kind is float:
-                value = float(value)
-                object.__setattr__(self, name, value)
-            if type(value) is not kind or not low <= value <= high:
-                raise UsageError(f"{name} = {value!r}; expected {_a(kind)} from {low} to {high}")
+            if type(value) not in (kind, int) or not low <= value <= high:
+                raise UsageError(f"{name} = {shown(value)}; expected {_a(kind)} from {low} to {high}")
+            object.__setattr__(self, name, kind(value))
         if type(self.ignore_eos) is not bool:
-            raise UsageError(f"ignore_eos = {self.ignore_eos!r}; expected True or False")
+            raise UsageError(f"ignore_eos = {shown(self.ignore_eos)}; expected True or False")
         stop = (self.stop,) if isinstance(self.stop, str) and self.stop else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop) or len(stop) > 16:
-            raise UsageError(f"stop = {self.stop!r}; expected at most 16 strings, none empty")
+            raise UsageError(f"stop = {shown(self.stop)}; expected at most 16 strings, none empty")
         object.__setattr__(self, "stop", tuple(stop))
-        if not all(type(t) is int for t in self.stop_token_ids):
-            raise UsageError(f"stop_token_ids = {self.stop_token_ids!r}; expected token ids")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        ids = self.stop_token_ids
+        if not isinstance(ids, (tuple, list, set, frozenset)) or not all(type(t) is int for t in ids):
+            raise UsageError(f"stop_token_ids = {shown(ids)}; expected token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
+        if not isinstance(self.logit_bias, Mapping):
+            raise UsageError(f"logit_bias = {shown(self.logit_bias)}; expected a mapping of token ids to numbers")
         for token, bias in self.logit_bias.items():
-            if type(token) is not int or type(bias) not in (int, float) or not math.isfinite(bias):
-                raise UsageError(f"logit_bias[{token!r}] = {bias!r}; expected token id: finite number")
+            if type(token) is not int or type(bias) not in (int, float) or not -MOST_BIAS <= bias <= MOST_BIAS:
+                raise UsageError(
+                    f"logit_bias[{shown(token)}] = {shown(bias)}; expected token id: number from "
+                    f"{-MOST_BIAS:g} to {MOST_BIAS:g}"
+                )
+        object.__setattr__(self, "logit_bias", {token: float(bias) for token, bias in self.logit_bias.items()})
 
     def resolved(self, generation_config: Mapping[str, object]) -> "SamplingParams":
         """With every None but max_tokens and logprobs replaced: by `generation_config`, else by the neutral value."""

@@ -42,7 +42,7 @@ class Sampler:
         self._count_(chosen, requests)
         tokens = chosen.tolist()
         if raw is not None:
-            self._note_logprobs(raw, chosen, requests)
+            self._note_logprobs(raw, tokens, requests)
         return tokens
 
     def _floats(self, rows: list[list[float]]) -> Tensor:
@@ -71,7 +71,7 @@ class Sampler:
         if entries:
             rows, tokens, biases = zip(*entries)
             where = (torch.tensor(rows, device=self.device), torch.tensor(tokens, device=self.device))
-            logits.index_put_(where, torch.tensor(biases, device=self.device), accumulate=True)
+            logits.index_put_(where, torch.tensor(biases, dtype=logits.dtype, device=self.device), accumulate=True)
 
     def _count_(self, chosen: Tensor, requests: list[Request]) -> None:
         at = [i for i, r in enumerate(requests) if r.params.penalized]
@@ -80,14 +80,15 @@ class Sampler:
             tokens = chosen[torch.tensor(at, device=self.device)]
             self.counts[rows, tokens.clamp(min=0)] += (tokens >= 0).int()
 
-    def _note_logprobs(self, raw: Tensor, chosen: Tensor, requests: list[Request]) -> None:
-        at = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        index = torch.tensor(at, device=self.device)
-        logprobs = raw[index].log_softmax(-1)
-        own = logprobs.gather(1, chosen[index].clamp(min=0)[:, None])[:, 0].tolist()
-        most = max(requests[i].params.logprobs for i in at)
-        values, ids = (t.tolist() for t in logprobs.topk(most))
-        for i, logprob, value, token in zip(at, own, values, ids, strict=True):
-            k = requests[i].params.logprobs
-            top = tuple(zip(token[:k], value[:k], strict=True))
-            requests[i].logprobs.append(TokenLogprobs(int(chosen[i]), logprob, top))
+    def _note_logprobs(self, raw: Tensor, tokens: list[int], requests: list[Request]) -> None:
+        at = [i for i, r in enumerate(requests) if r.params.logprobs is not None and tokens[i] >= 0]
+        if at:
+            own = torch.tensor([tokens[i] for i in at], device=self.device)
+            logprobs = raw[torch.tensor(at, device=self.device)].log_softmax(-1)
+            chosen = logprobs.gather(1, own[:, None])[:, 0].tolist()
+            most = min(max(requests[i].params.logprobs for i in at), self.vocab)
+            values, ids = (t.tolist() for t in logprobs.topk(most))
+            for i, logprob, value, token in zip(at, chosen, values, ids, strict=True):
+                k = requests[i].params.logprobs
+                top = tuple(zip(token[:k], value[:k], strict=True))
+                requests[i].logprobs.append(TokenLogprobs(tokens[i], logprob, top))

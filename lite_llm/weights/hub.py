@@ -7,6 +7,7 @@ from pathlib import Path
 from lite_llm.errors import BadCheckpoint, SourceProblem
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_TWICE = "consolidated*"  # Mistral's repositories hold the weights once more under this name
 _SMALL = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 
 
@@ -37,7 +38,7 @@ class Source:
         from huggingface_hub import errors
 
         repository, _, revision = self.name.partition("@")
-        wanted = dict(repo_id=repository, revision=revision or None, allow_patterns=patterns)
+        wanted = dict(repo_id=repository, revision=revision or None, allow_patterns=patterns, ignore_patterns=[_TWICE])
         try:
             if "*.safetensors" in patterns:
                 self._check_disk(huggingface_hub, repository, revision or None)
@@ -72,6 +73,7 @@ class Source:
             file.size or 0
             for file in info.siblings
             if file.rfilename.endswith(".safetensors")
+            and not file.rfilename.startswith("consolidated")
             and not isinstance(cached(repository, file.rfilename, revision=info.sha), str)
         )
         cache = Path(hub.constants.HF_HUB_CACHE)
