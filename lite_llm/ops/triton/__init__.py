@@ -1,0 +1,16 @@
+"""The same ops as `ops/reference`, as Triton kernels."""
+
+from lite_llm.ops.triton.activation import silu_mul
+from lite_llm.ops.triton.attention import attend
+from lite_llm.ops.triton.embedding import embed
+from lite_llm.ops.triton.kv import store_kv_
+from lite_llm.ops.triton.linear import linear
+from lite_llm.ops.triton.norm import add_rms_norm_, rms_norm
+from lite_llm.ops.triton.rope import rope_, rope_store_kv_
+from lite_llm.ops.triton.sampling import penalize_, sample
+from lite_llm.ops.triton.softmax import softmax
+
+__all__ = [
+    "add_rms_norm_", "attend", "embed", "linear", "penalize_", "rms_norm", "rope_", "rope_store_kv_",
+    "sample", "silu_mul", "softmax", "store_kv_",
+]  # fmt: skip

@@ -1,0 +1,78 @@
+"""RMS norm, plain and with the residual add fused in. One program per row; a row is one block of registers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lite_llm.ops.triton.aot import AotCase
+from lite_llm.ops.triton.layout import FLOATS, check, row_stride
+
+MAX_WIDTH = 16384
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _launch(x, x, weight, eps, add=False)
+
+
+def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    check("x", x, shape=residual.shape, dtype=residual.dtype, like=residual, contiguous=False)
+    return _launch(residual, x, weight, eps, add=True)
+
+
+def _launch(residual: Tensor, x: Tensor, weight: Tensor, eps: float, *, add: bool) -> Tensor:
+    width = x.shape[-1]
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"x: width {width}; expected 1 to {MAX_WIDTH}")
+    check("x", x, dtype=FLOATS, contiguous=False)
+    check("weight", weight, shape=(width,), dtype=x.dtype, like=x)
+    x_stride, residual_stride = row_stride("x", x), row_stride("residual", residual)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if rows := x.numel() // width:
+        block, num_warps = _blocks(width)
+        _rms_norm_kernel[(rows,)](
+            residual, x, weight, out, width, residual_stride, x_stride, eps, add, block, num_warps=num_warps
+        )
+    return out
+
+
+def _blocks(width: int) -> tuple[int, int]:
+    block = triton.next_power_of_2(width)
+    return block, min(max(block // 512, 1), 16)
+
+
+@triton.jit(do_not_specialize=["eps"])
+def _rms_norm_kernel(
+    residual, x, weight, out, width, residual_stride, x_stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)  # int64: rows * width passes 2**31 at 500k tokens
+    col = tl.arange(0, BLOCK)
+    mask = col < width
+
+    dtype = out.dtype.element_ty
+    h = tl.load(x + row * x_stride + col, mask, other=0.0).to(tl.float32)
+    if ADD:
+        h += tl.load(residual + row * residual_stride + col, mask, other=0.0).to(tl.float32)
+        h = h.to(dtype).to(tl.float32)  # the norm sees the residual as it is stored
+        tl.store(residual + row * residual_stride + col, h.to(dtype), mask)
+
+    h *= tl.rsqrt(tl.sum(h * h) / width + eps)
+    w = tl.load(weight + col, mask, other=0.0).to(tl.float32)
+    tl.store(out + row * width + col, (h.to(dtype).to(tl.float32) * w).to(dtype), mask)
+
+
+def aot_cases(capability: int) -> list[AotCase]:
+    def case(dtype: str, width: int, add: bool) -> AotCase:
+        block, num_warps = _blocks(width)
+        return AotCase(
+            name=f"rms_norm {dtype} {width}{' add' * add}",
+            kernel=_rms_norm_kernel,
+            signature=dict.fromkeys(("residual", "x", "weight", "out"), f"*{dtype}")
+            | dict.fromkeys(("width", "residual_stride", "x_stride"), "i32")
+            | {"eps": "fp32"},
+            constexprs={"ADD": add, "BLOCK": block},
+            attrs=dict.fromkeys(("width", "residual_stride", "x_stride"), 16),
+            num_warps=num_warps,
+        )
+
+    return [case("bf16", 4096, True), case("bf16", MAX_WIDTH, True), case("fp32", 4096, False)]

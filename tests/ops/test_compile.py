@@ -1,0 +1,85 @@
+"""Every kernel compiles for every supported GPU, without one, within its shared memory and without spills.
+
+A kernel's configurations are dealt out over the GPUs, so that each compiles for some and every kernel for all; for all
+of one GPU: `python -m lite_llm.ops.triton.aot 90`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+KILO = 1 << 10
+SHARED = {80: 163 * KILO, 86: 99 * KILO, 89: 99 * KILO, 90: 227 * KILO, 100: 227 * KILO, 120: 99 * KILO}
+EACH = 2  # cases of a kernel on one GPU
+
+CHILD = """
+import ast, importlib, inspect, json, pkgutil, sys, warnings
+from pathlib import Path
+
+warnings.simplefilter("ignore")  # of Triton, about its own defaults
+import lite_llm.ops.triton as package
+from lite_llm.ops.triton.aot import all_cases, compile_case
+
+def launched():
+    for module in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{module.name}")
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):  # kernel[grid](...)
+                kernel = getattr(module, getattr(node.func.value, "id", ""), None)
+                if hasattr(kernel, "arg_names"):
+                    yield kernel
+
+each, *capabilities = map(int, sys.argv[1:])
+print(json.dumps({"launched": sorted({kernel.__name__ for kernel in launched()})}))
+for capability in capabilities:
+    by_kernel = {}
+    for case in all_cases(capability):
+        by_kernel.setdefault(case.kernel.__name__, []).append(case)
+    for name, cases in by_kernel.items():
+        turn = (80, 86, 89, 90, 100, 120).index(capability)
+        for at in sorted({(turn * each + n) % len(cases) for n in range(each)}):
+            case = cases[at]
+            row = {"capability": capability, "kernel": name, "case": case.name, "max_shared": case.max_shared}
+            try:
+                done = compile_case(case, capability)
+                row |= {"shared": done.shared, "registers": done.n_regs, "spills": done.n_spills}
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}"[-600:]
+            print(json.dumps(row), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What compiling gave, from child processes: here the kernels may be interpreted ones, which cannot compile."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), env.get("PYTHONPATH")]))
+
+    def child(capabilities):
+        command = [sys.executable, "-c", CHILD, str(EACH), *map(str, capabilities)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+    with ThreadPoolExecutor(2) as pool:
+        rows = [row for part in pool.map(child, [(80, 89, 100), (86, 90, 120)]) for row in part]
+    return {name for row in rows for name in row.get("launched", [])}, [row for row in rows if "case" in row]
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_kernel_fits_the_gpu(compiled, capability):
+    launched, rows = compiled
+    rows = [row for row in rows if row["capability"] == capability]
+    errors = [f"{row['case']}: {row['error']}" for row in rows if "error" in row]
+    assert not errors, "\n".join(errors)
+    assert launched == {row["kernel"] for row in rows}, "a kernel without AOT case, or a case of a kernel not launched"
+    too_much = [
+        row
+        for row in rows
+        if row["shared"] > min(SHARED[capability], row["max_shared"]) or row["spills"] or row["registers"] > 255
+    ]
+    assert not too_much, "\n".join(map(str, too_much))
