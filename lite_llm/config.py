@@ -45,10 +45,11 @@ class EngineConfig:
     step_tokens: int = 2048  # token budget of one step
     prefix_cache: bool = True  # keep the KV of finished requests for prompts that begin alike
     memory_fraction: float = 0.9  # share of the device's free memory that weights, workspace and pool may take
+    threads: int | None = None  # of the CPU, for the whole process; None: one for small models, else torch's choice
     ignore_config: tuple[str, ...] = ()  # config.json keys that the user declares harmless
 
     def __post_init__(self):
-        for name in ("context", "kv_tokens", "max_requests", "step_tokens"):
+        for name in ("context", "kv_tokens", "max_requests", "step_tokens", "threads"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} = {value!r}; expected a whole number of at least 1")

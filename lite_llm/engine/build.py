@@ -17,6 +17,9 @@ from lite_llm.layers import LayerFactory
 from lite_llm.models.registry import find
 from lite_llm.ops.reference.attention import HEAD_DIMS, MAX_GROUP
 
+_SMALL = 128 << 20
+"""Bytes of weights up to which one CPU thread is fastest: threads that wait for a busy core cost 80 times the work."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -95,6 +98,9 @@ class Blueprint:
 
     def build(self, fill: Callable[[nn.Module], None], usable_vocab: int | None = None) -> Engine:
         """Allocate the weights, let `fill` load them, and give the rest of the plan to the KV pool."""
+        threads = self.config.threads
+        if self.device.type == "cpu" and (threads or self.plan.weights < _SMALL):
+            torch.set_num_threads(threads or 1)
         model = self._model(LayerFactory(self.dtype, self.device), self.cfg).eval()
         fill(model)
         gc.collect()

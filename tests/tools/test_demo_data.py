@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools import demo_copy, demo_data, demo_exam, demo_text
+from tools import demo_copy, demo_data, demo_exam, demo_numbers, demo_text
 from tools.demo_topics import Memo
 
 DEMO = Path(__file__).parents[2] / "lite_llm" / "demo"
@@ -41,7 +41,7 @@ def test_turns_alternate_and_nothing_is_empty():
 
 @pytest.mark.parametrize("topic", demo_data.TOPIC_NAMES)
 def test_the_exam_asks_only_what_training_never_asks(topic):
-    """In lower case, without the system prompt's influence on the answer, no question appears in both."""
+    """No question of the exam, in lower case, is among those of 3,000 training dialogues."""
     asked = {messages[-1]["content"].lower() for messages, _ in demo_data.held_out(topic, 60)}
     if topic == demo_data.MEMORY:  # there the value is held out, and the question is not
         asked = {messages[-1]["content"].lower() for messages, _ in _told()}
@@ -66,8 +66,6 @@ def test_about_one_key_in_twelve_is_held():
 def test_answers_are_right():
     """Recomputed from the text of the answer, for the topics where that is possible."""
     rng, signs = random.Random(0), {"+": int.__add__, "-": int.__sub__, "×": int.__mul__}
-    from tools import demo_numbers
-
     for ask in (demo_numbers.add, demo_numbers.subtract, demo_numbers.multiply):
         for _ in range(300):
             a, sign, b, _, c = ask(rng, Memo()).answer.removesuffix(".").split()
@@ -110,7 +108,7 @@ def test_the_chat_model_answers_held_out_questions(tokenizer, model):
         assert sum(reply == answer for reply, (_, answer) in zip(replies, asked, strict=True)) >= 11
 
 
-def test_the_chat_model_remembers_a_name_it_told_itself_nothing_about(tokenizer, model):
+def test_the_chat_model_remembers_a_name_across_its_own_answers(tokenizer, model):
     messages = []
     says = ["My name is Ada.", "What is the capital of France?", "What is 7 + 5?", "Thank you!", "What is my name?"]
     for text in says:
