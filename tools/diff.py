@@ -3,9 +3,9 @@
     python tools/diff.py path/to/checkpoint
     python tools/diff.py --shape llama-3.2-1b --shape qwen2.5-7b --json docs/results/parity.json     (random weights)
 
-The yardstick is transformers in float32 with the same (rounded) weights (float64 for --dtype float32). Both sides are judged in the model's dtype:
-ratio = our error / transformers' own error in that dtype; up to 2 is rounding, more is a bug, and the exit code is 1.
-Weights come from transformers' side through the model's RULES, so the loader is on trial too.
+The yardstick is transformers in float32 with the same rounded weights (float64 for --dtype float32). Both sides are
+judged in the model's dtype: ratio = our error / transformers' own error in that dtype. Up to 2 is rounding; more is a
+bug, and the exit code is 1. Weights come from transformers' side through the model's RULES, so the loader is on trial too.
 """
 
 import argparse

@@ -23,7 +23,7 @@ class MemoryPlan:
     kv_token: int  # one token's keys and values in all layers
     kv_tokens: int  # tokens that the pool will hold
     context: int  # longest prompt + answer, in tokens
-    model_context: int  # what the checkpoint is made for, in tokens
+    wanted: int  # the context that was asked for, or that the checkpoint is made for, in tokens
 
     @property
     def kv(self) -> int:
@@ -34,7 +34,7 @@ class MemoryPlan:
         return self.free - self.weights - self.workspace - self.kv
 
     def __str__(self) -> str:
-        cut = f" (the model's {self.model_context:,} do not fit)" if self.context < self.model_context else ""
+        cut = f" ({self.wanted:,} do not fit)" if self.context < self.wanted else ""
         return (
             f"{self.device}: {size(self.free)} free = {size(self.weights)} weights + {size(self.workspace)} workspace"
             f" + {size(self.kv)} KV ({self.kv_tokens:,} tokens of {self.kv_token / 1024:g} KiB)"
@@ -80,7 +80,7 @@ def plan_memory(
         useful = min(useful, max(4 * wanted, 1 << 15), max(room // 2, least))
     tokens = config.kv_tokens or min(useful, room)
     context = min(wanted, tokens)
-    return MemoryPlan(str(device), free, limit, weights, workspace(context), kv_token, tokens, context, cfg.max_len)
+    return MemoryPlan(str(device), free, limit, weights, workspace(context), kv_token, tokens, context, wanted)
 
 
 def free_memory(device: torch.device) -> int:
