@@ -5,7 +5,7 @@
 
 The yardstick is transformers in float32 with the same rounded weights (float64 for --dtype float32). Both sides are
 judged in the model's dtype: ratio = our error / transformers' own error in that dtype. Up to 2 is rounding; more is a
-bug, and the exit code is 1. Weights come from transformers' side through the model's RULES, so the loader is on trial too.
+bug, and the exit code is 1. Weights come from transformers' side through the model's RULES: the loader is on trial too.
 """
 
 import argparse
