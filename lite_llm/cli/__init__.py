@@ -1,0 +1,53 @@
+"""The commands. Importing this costs nothing: each command imports what it needs when it runs."""
+
+import sys
+from collections.abc import Sequence
+
+_USAGE = """\
+usage: lite-llm COMMAND ...
+
+  chat [MODEL]   chat in this terminal, or answer one --prompt
+  plan [MODEL]   say what a model needs in memory and whether it fits
+
+lite-llm COMMAND --help tells more; lite-llm --version.
+"""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "lite-llm") -> int:
+    """The command `lite-llm`; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = argv[0] if argv else ""
+    if command == "chat":
+        return chat_main(argv[1:], f"{prog} chat")
+    if command == "plan":
+        return plan_main(argv[1:], f"{prog} plan")
+    if command == "--version":
+        import lite_llm
+
+        print(f"lite_llm {lite_llm.__version__}")
+        return 0
+    if command in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    found = f"there is no command {command[:80]!r}" if command else "a command is missing"
+    print(f"error: {found}; there are chat and plan\n{prog} --help tells more", file=sys.stderr)
+    return 2
+
+
+def chat_main(argv: Sequence[str] | None = None, prog: str = "cli.py") -> int:
+    """`lite-llm chat`, and cli.py."""
+    from lite_llm.cli import args
+
+    options = args.parse(args.chat_parser(prog), sys.argv[1:] if argv is None else argv)
+    from lite_llm.cli import app
+
+    return app.chat(options)
+
+
+def plan_main(argv: Sequence[str], prog: str) -> int:
+    from lite_llm.cli import args
+
+    options = args.parse(args.plan_parser(prog), argv)
+    from lite_llm.cli import app
+
+    return app.plan(options)

@@ -1,0 +1,148 @@
+"""A command from its arguments to its exit code: open the model, choose what to do, and turn errors into one line."""
+
+import argparse
+import dataclasses
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lite_llm.cli import oneshot, report, transcript
+from lite_llm.cli.screen import LoadingBar, Screen
+from lite_llm.cli.session import Session
+from lite_llm.errors import EnvironmentProblem, LiteLLMError, SourceProblem, UsageError
+
+if TYPE_CHECKING:
+    from lite_llm.llm import LLM
+
+INTERRUPTED, CLOSED_PIPE = 130, 141
+_HINTS = "/help lists the commands   Ctrl-C stops an answer   Ctrl-D leaves"
+_DEMO = (
+    "demo/chat is a tiny model that comes with lite_llm; --model PATH_OR_HF_ID takes a real one. "
+    "Try: What is the capital of France?"
+)
+
+
+def chat(options: argparse.Namespace) -> int:
+    screen = Screen.of_process(raw=options.raw, quiet=options.quiet)
+
+    def work() -> int:
+        text = oneshot.question(options.prompt, sys.stdin)
+        if text is None and options.json:
+            raise UsageError("--json gives one answer", "pass --prompt TEXT or pipe a text in")
+        history = transcript.load(Path(options.resume)) if options.resume else []
+        with _open(options, screen) as llm:
+            session = Session(llm, options.params)
+            if options.resume:
+                session.resume(Path(options.resume), history)
+                screen.note(f"{len(history)} messages from {options.resume}; every turn is saved there")
+            if options.system is not None:
+                session.system = options.system
+            screen.note(report.sampling(options.params, llm.generation_config))
+            if text is not None:
+                return oneshot.run(session, screen, text, options.json)
+            # prompt_toolkit takes a fifth of a second, and only a dialogue needs it
+            from lite_llm.cli.chat import Chat
+            from lite_llm.cli.line import LineInput, plain_line
+
+            if options.model is None:
+                screen.note(_DEMO)
+            screen.note(_HINTS)
+            ask = plain_line if os.environ.get("TERM") == "dumb" else LineInput()
+            return Chat(session, screen, ask, _debug(options)).run()
+
+    return _guarded(work, screen, options)
+
+
+def plan(options: argparse.Namespace) -> int:
+    screen = Screen.of_process(quiet=options.quiet)
+
+    def work() -> int:
+        _prepare(options, screen)
+        from lite_llm.llm import plan as plan_of  # torch
+
+        found = plan_of(options.model, **options.engine)
+        if options.json:
+            sizes = dataclasses.asdict(found) | {"kv": found.kv, "left": found.left}
+            oneshot.print_json(screen, {"schema_version": oneshot.SCHEMA_VERSION, "plan": sizes})
+        else:
+            screen.out.write(f"{found}\n")
+        return 0
+
+    return _guarded(work, screen, options)
+
+
+def _open(options: argparse.Namespace, screen: Screen) -> "LLM":
+    _prepare(options, screen)
+    bar = LoadingBar(screen)
+    try:
+        bar.status("starting ...")
+        from lite_llm.llm import LLM  # torch: a second or more
+
+        def say(text: str) -> None:
+            bar.clear()
+            screen.note(text)
+
+        return LLM(options.model, say=say, progress=bar, **options.engine)
+    finally:
+        bar.clear()
+
+
+def _prepare(options: argparse.Namespace, screen: Screen) -> None:
+    """What libraries must know before they are imported: quiet, and polite to other programs."""
+    # OpenMP's threads spin at every barrier by default. Where other programs use the cores too, that costs a hundred
+    # times the work: the demo on 4 busy cores went from 1.4 tokens/s to 150 with this.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not screen.bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if options.verbose:
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+    else:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _guarded(work: Callable[[], int], screen: Screen, options: argparse.Namespace) -> int:
+    """The exit code of `work`, whatever happens in it."""
+    try:
+        code = work()
+        screen.out.flush()  # a closed pipe shows here at the latest
+        return code
+    except BrokenPipeError:
+        return _closed_pipe()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        try:
+            return _report(error, screen, options)
+        except BrokenPipeError:
+            return _closed_pipe()
+
+
+def _report(error: Exception, screen: Screen, options: argparse.Namespace) -> int:
+    if isinstance(error, ImportError) and not (error.name or "").startswith("lite_llm"):
+        error = EnvironmentProblem(f"{error}", "pip install -r requirements.txt")
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = SourceProblem(f"{error.filename or 'output'}: {error.strerror}", "free some space")
+    known = isinstance(error, LiteLLMError)
+    message = str(error) if known else f"internal error: {type(error).__name__}: {str(error)[:300]}; run with --debug"
+    screen.error("\n".join(message.split("\n")[:6]))
+    if _debug(options):
+        traceback.print_exception(error, file=screen.err)
+    if options.json:
+        found = (error.code, error.message, error.hint) if known else ("internal", str(error), "run with --debug")
+        oneshot.print_json(screen, oneshot.failure(*found))
+    return error.exit_code if known else LiteLLMError.exit_code
+
+
+def _closed_pipe() -> int:
+    """Nobody reads stdout any more: say nothing, and let Python's own last flush go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return CLOSED_PIPE
+
+
+def _debug(options: argparse.Namespace) -> bool:
+    return options.debug or os.environ.get("LITE_LLM_DEBUG", "0") not in ("", "0")

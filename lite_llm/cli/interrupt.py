@@ -1,0 +1,41 @@
+"""Ctrl-C while an answer is computed: noted, not raised, so that no engine step is ever cut in the middle."""
+
+import signal
+import sys
+from typing import Any
+
+try:
+    import termios
+except ImportError:  # not a Unix
+    termios = None
+
+
+class Interrupt:
+    """In this `with` block SIGINT only sets `pressed`, and keys are not echoed into the answer."""
+
+    def __init__(self):
+        self.pressed = False
+
+    def __enter__(self) -> "Interrupt":
+        self.pressed = False
+        self._before = signal.signal(signal.SIGINT, self._note)
+        self._terminal = _silence_keys()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._terminal is not None:
+            termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, self._terminal)
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_) -> None:
+        self.pressed = True
+
+
+def _silence_keys() -> list[Any] | None:
+    """Turn echo and line mode off, so that what is typed waits for the next prompt. Returns the state before."""
+    if termios is None or sys.stdin is None or not sys.stdin.isatty():
+        return None
+    before = termios.tcgetattr(sys.stdin.fileno())
+    silent = [*before[:3], before[3] & ~(termios.ECHO | termios.ICANON), *before[4:]]
+    termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, silent)
+    return before
