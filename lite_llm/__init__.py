@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "llm",
+    "plan": "llm",
     "SamplingParams": "engine.request",
     "EngineConfig": "config",
     "Output": "outputs",

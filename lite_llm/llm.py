@@ -82,8 +82,7 @@ class LLM:
                 f"{here}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.cfg.vocab}",
                 "tokenizer and weights belong to different models",
             )
-        defaults = here / "generation_config.json"
-        self.generation_config = read_json(defaults) if defaults.exists() else {}
+        self.generation_config = _generation_config(here / "generation_config.json")
         for ids in (self.generation_config.get("eos_token_id"), hf.get(object, "eos_token_id", None)):
             self.eos_ids |= set(_ids(ids))
         self.eos_ids |= self.tokenizer.eos_ids
@@ -312,6 +311,16 @@ def _engine_config(options: Mapping[str, object]) -> EngineConfig:
     if unknown := options.keys() - known:
         raise UsageError(f"unknown option {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}")
     return EngineConfig(**options)
+
+
+def _generation_config(path: Path) -> dict[str, object]:
+    """The checkpoint's defaults for sampling; {} if it has none. BadCheckpoint if they are out of range."""
+    defaults = read_json(path) if path.exists() else {}
+    try:
+        SamplingParams().resolved(defaults)
+    except UsageError as error:
+        raise BadCheckpoint(f"{path}: {error}", "correct the file") from None
+    return defaults
 
 
 def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingParams:

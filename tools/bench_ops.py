@@ -144,7 +144,7 @@ def timed(call: Callable, variants: list, repeats: int = 15) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes read and written per second by the faster of two copies of 4 GiB: the driver's and an elementwise kernel."""
+    """Bytes read and written per second by the faster of two copies of 4 GiB: the driver's and a kernel's."""
     source = torch.ones(1 << 30, dtype=torch.float32, device=DEVICE)
     target = torch.empty_like(source)
     copies = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
