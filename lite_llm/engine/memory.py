@@ -55,7 +55,7 @@ def plan_memory(
     kv_token = 2 * cfg.num_layers * cfg.kv_heads * cfg.head_dim * item
     wanted = config.context or cfg.max_len
     if wanted > cfg.max_len:
-        raise UsageError(f"context = {wanted:,}; this model is made for at most {cfg.max_len:,} tokens", "lower context")
+        raise UsageError(f"context = {wanted}; this model is made for at most {cfg.max_len} tokens", "lower context")
 
     def workspace(context: int) -> int:
         """Activations of a full step, logits in fp32 with the sampler's copies, and the tables."""

@@ -90,10 +90,11 @@ def test_errors_have_their_exit_codes_and_few_lines(call, tmp_path):
     bare = broken(tmp_path, "bare", lambda f: (f / "model.safetensors").unlink())
     other = broken(tmp_path, "other", lambda f: edit_config(f, architectures=["Gemma3ForCausalLM"]))
     odd = broken(tmp_path, "odd", lambda f: edit_config(f, attn_logit_softcapping=50.0))
-    large = ["-p", "x", "--context", "1m"]
+    large = broken(tmp_path, "large", lambda f: edit_config(f, intermediate_size=1 << 24))
     cases = [
         (2, ["-p", "word " * 5000]), (2, ["-p", " "]), (2, ["-p", "x", "--resume", "/nowhere"]),
-        (3, ["-p", "x", "--device", "cuda:99"]), (4, large), (5, ["-p", "x", "-m", str(tmp_path / "no")]),
+        (3, ["-p", "x", "--device", "cuda:99"]), (4, ["-p", "x", "-m", large]), (2, ["-p", "x", "--context", "1m"]),
+        (5, ["-p", "x", "-m", str(tmp_path / "no")]),
         (5, ["-p", "x", "-m", str(tmp_path)]), (5, ["-p", "x", "-m", str(ROOT / "cli.py")]),
         (5, ["-p", "x", "-m", half]), (5, ["-p", "x", "-m", bare]), (5, ["-p", "x", "-m", other]),
         (5, ["-p", "x", "-m", odd]),
