@@ -1,0 +1,121 @@
+"""What fits (KVP-06): tiny, exact and huge memory; wishes that cannot be met are refused with numbers."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from lite_llm.config import EngineConfig
+from lite_llm.engine import build, memory
+from lite_llm.engine.build import Blueprint
+from lite_llm.engine.memory import GIB, plan_memory, size
+from lite_llm.errors import DoesNotFit, EnvironmentProblem, LiteLLMError, UnsupportedModel
+from lite_llm.weights.random import fill_random
+from tests.engine.models import tiny_config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CFG = dataclasses.replace(tiny_config(vocab=1000, max_len=4096), hidden=64, ffn=128)
+TOKEN = 2 * 2 * 2 * 8 * 4  # K and V, layers, KV heads, head_dim, fp32
+WEIGHTS = 50 << 20
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    def planned(free: int, device: torch.device = CPU, **wishes) -> memory.MemoryPlan:
+        monkeypatch.setattr(memory, "free_memory", lambda device: free)
+        return plan_memory(CFG, EngineConfig(memory_fraction=1.0, **wishes), device, torch.float32, WEIGHTS)
+
+    return planned
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("free", [0, 1 << 20, 64 << 20, 1 << 28, 1 << 30, 1 << 34, 1 << 40])
+def test_a_plan_never_spends_more_than_there_is(plan, device, free):
+    try:
+        got = plan(free, device)
+    except DoesNotFit as error:
+        assert free < 1 << 30 and size(WEIGHTS) in str(error) and size(free) in str(error)
+        return
+    assert got.weights + got.workspace + got.kv + got.kv_token <= got.limit <= got.free == free
+    assert got.left == free - got.weights - got.workspace - got.kv >= 0
+    assert 1 <= got.context <= min(got.kv_tokens, 4096) and got.kv_token == TOKEN
+    assert got.context == 4096 or free < 1 << 30
+    assert got.kv_tokens <= 64 * 4096
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("wish", [dict(context=2000), dict(kv_tokens=2000), dict(context=1500, kv_tokens=2000)])
+def test_wishes_that_fit_exactly_are_met_and_one_byte_less_is_refused(plan, device, wish):
+    with pytest.raises(DoesNotFit) as error:
+        plan(1 << 20, device, **wish)
+    low, high = 1 << 20, 1 << 34
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            plan(middle, device, **wish)
+            high = middle
+        except DoesNotFit:
+            low = middle
+    got = plan(high, device, **wish)
+    assert got.kv_tokens == 2000 and got.context == wish.get("context", 2000)
+    assert got.weights + got.workspace + got.kv + got.kv_token <= high
+    assert "2,000 KV tokens" in str(error.value) and f"{size(1 << 20)} of {size(1 << 20)} free" in str(error.value)
+    with pytest.raises(DoesNotFit) as error:
+        plan(low, device, **wish)
+    assert re.search(r"needs [\d.]+ [MG]iB \(50.0 MiB weights", str(error.value))
+
+
+def test_a_wish_is_never_cut_in_silence(plan):
+    assert plan(1 << 40, kv_tokens=100_000).kv_tokens == 100_000, "more than all requests can use: the cache can"
+    assert plan(1 << 40, kv_tokens=100_000, max_requests=1).kv_tokens == 100_000
+    assert plan(1 << 40, context=100).context == 100
+    assert plan(1 << 40, kv_tokens=100).context == 100, "the context was left open"
+    with pytest.raises(DoesNotFit, match="context = 200.*kv_tokens = 100"):
+        plan(1 << 40, context=200, kv_tokens=100)
+    with pytest.raises(LiteLLMError, match="context = 4,?097.* 4,?096"):
+        plan(1 << 40, context=4097)
+
+
+def test_a_refusal_says_numbers_that_agree(plan):
+    """What is needed is more than what may be used; on a CPU too, where only the default leaves half to others."""
+    assert plan(1 << 30, CPU, kv_tokens=2_500_000).kv_tokens == 2_500_000
+    for device in (CPU, CUDA):
+        with pytest.raises(DoesNotFit) as error:
+            plan(1 << 30, device, kv_tokens=4_000_000)
+        need, _, _, kv, limit, _ = (
+            float(n) for n in re.findall(r"([\d.]+) GiB|([\d.]+) MiB", str(error.value)) for n in n if n
+        )
+        assert need > limit and kv == pytest.approx(4_000_000 * TOKEN / GIB, abs=0.01)
+
+
+def test_a_cut_context_is_reported(plan):
+    small = plan(WEIGHTS + plan(1 << 34, context=16).workspace + (3 << 20))
+    assert small.context < 4096 and "4,096 do not fit" in str(small)
+    assert "do not fit" not in str(plan(1 << 34))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_plan_counts_the_bytes_of_the_real_model(tied):
+    cfg = dataclasses.replace(CFG, tied_head=tied, qkv_bias=True, mlp_bias=True, qk_norm=True)
+    blueprint = Blueprint(cfg, EngineConfig(device="cpu", kv_tokens=50, context=40))
+    engine = blueprint.build(fill_random)
+    storages = {p.data_ptr(): p.numel() * p.element_size() for p in engine.model.parameters()}
+    assert blueprint.plan.weights == sum(storages.values())
+    assert engine.kv.k.shape == engine.kv.v.shape == (2, 51, 2, 8)
+    assert (engine.kv.k.nbytes + engine.kv.v.nbytes) == blueprint.plan.kv + blueprint.plan.kv_token
+    assert engine.scheduler.capacity == 50 and engine.cfg.max_len == 40 and engine.table.shape == (64, 40)
+
+
+def test_devices_and_dtypes_that_do_not_exist():
+    for name in ("cuda:99", "tpu", "meta", "mps", "", "cuda:x"):
+        with pytest.raises(EnvironmentProblem, match="device = "):
+            build.pick_device(EngineConfig(device=name))
+    with pytest.raises(UnsupportedModel, match="dtype = 'int8'"):
+        build.pick_dtype(EngineConfig(), dataclasses.replace(CFG, dtype="int8"), CPU)
+    assert build.pick_dtype(EngineConfig(), dataclasses.replace(CFG, dtype="bfloat16"), CPU) is torch.float32
+    assert build.pick_dtype(EngineConfig(dtype="float16"), CFG, CPU) is torch.float16
+
+
+def test_memory_that_is_free_is_a_positive_number():
+    assert memory.free_memory(CPU) > 1 << 20

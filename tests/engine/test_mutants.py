@@ -1,0 +1,237 @@
+"""Bugs sown one at a time into the engine: the tests beside this file must notice each (RDX-02, FLT-12).
+
+A mutant is a piece of a module's source and what replaces it. Its functions are put into the living classes, so every
+user of them is affected; what a class is and which errors it raises stay the same objects.
+"""
+
+import contextlib
+import importlib
+import inspect
+import types
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.engine import test_engine, test_prefix, test_request, test_sampling, test_scheduler, test_slots
+
+QUICK = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck), report_multiple_bugs=False, print_blob=False,
+)  # fmt: skip
+
+
+def slots() -> None:
+    test_slots.test_a_count_that_is_none_is_refused(-1)
+    test_slots.test_slots_given_back_one_by_one_become_one_run_again(1)
+    test_slots.test_a_run_that_was_taken_whole_is_forgotten()
+    run_state_machine_as_test(test_slots.SlotMachine, settings=QUICK)
+
+
+def prefix() -> None:
+    test_prefix.test_the_least_recently_used_tail_goes_first()
+    run_state_machine_as_test(test_prefix.PrefixMachine, settings=QUICK)
+
+
+def scheduler() -> None:
+    for seed in range(150):
+        test_scheduler.trace(seed)
+    test_scheduler.test_cancel_in_every_state()
+    test_scheduler.test_a_failed_request_is_not_cached()
+    test_scheduler.test_an_evicted_request_is_next_in_line()
+    test_scheduler.test_a_request_alone_may_fill_the_pool_to_the_last_slot(True)
+    test_scheduler.test_no_decode_waits_for_a_long_prompt()
+    run_state_machine_as_test(test_scheduler.SchedulerMachine, settings=QUICK)
+
+
+def engine() -> None:
+    for seed in range(6):
+        test_engine.test_disorder_changes_no_answer(seed)
+    test_sampling.test_a_batch_of_different_wishes_changes_nobody(25, 4, 4, True)
+    test_sampling.test_the_end_of_an_answer()
+    test_sampling.test_padding_of_the_vocabulary_is_never_sampled()
+    test_sampling.test_logprobs_are_those_of_the_model(4)
+    test_sampling.test_an_unusable_row_ends_its_request_alone(float("nan"), "logprobs", 4)
+    test_sampling.test_a_token_that_the_model_does_not_have_is_refused_and_neighbours_go_on(16)
+    test_engine.test_the_context_bounds_a_request_before_the_pool_does()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        error = RuntimeError("boom")
+        test_engine.test_a_step_that_fails_ends_its_requests_and_nothing_else("sample", error, monkeypatch)
+
+
+def request() -> None:
+    for name in test_request.WHOLE | test_request.NUMBERS:
+        test_request.test_a_number_out_of_range_is_refused_by_name(name)
+
+
+MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
+    "slots": [
+        (" or not self._in_use[slot]:", ":", slots),  # a free slot is freed
+        ("not 0 < slot <", "not 0 <= slot <", slots),  # so is the pad slot
+        ("type(slot) is not int or ", "", slots),
+        ("if slot == following:", "if False:", slots),  # twice in one call
+        ("if n > self.free_count:", "if n > self.free_count + 1:", slots),
+        ("if type(n) is not int or n < 0:", "if False:", slots),
+        ("if first in self._start:", "if False:", slots),  # runs are not joined
+        ("if end in self._end:", "if False:", slots),
+        ("((first, at), (stop, end))", "((first, at),)", slots),  # the rest of a run is lost
+        ("self.free_count -= stop - at", "self.free_count -= 1", slots),
+        ("after + 1 in self._end", "False", slots),  # runs are not continued
+        ('self._in_use[at:stop] = b"\\1" * (stop - at)', "pass", slots),
+        ("del self._start[end]\n        stop", "stop", slots),
+        ("if self._end.get(first) == first - length:", "if first in self._end:", slots),  # a stale entry is believed
+    ],
+    "prefix": [
+        ("upper.locks, upper.used = node.locks, node.used", "upper.used = node.used", prefix),
+        ("or leaf.locks ", "", prefix),  # evicts what is in use
+        ("node.used, node = now, node.parent", "node = node.parent", prefix),  # no LRU
+        ("if leaf.used != used or", "if", prefix),  # what was touched since counts as old
+        (
+            "if edge[:high] == ids[start : start + high]:",
+            "if edge[: high - 1] == ids[start : start + high - 1]:",
+            prefix,
+        ),
+        ("if slot != other]", "if slot == other]", prefix),  # gives the wrong ones back
+        ("self.size += len(leaf.slots)", "self.size += 1", prefix),
+        ("freed += leaf.slots[cut:]", "freed += leaf.slots[cut + 1 :]", prefix),  # leaks one
+        ("(0 if change > 0 else 1)", "(0 if change > 0 else 0)", prefix),
+        ("Node(ids[done:], slots[done:], node)", "Node(ids[done:] if done else ids, slots[done:], node)", prefix),
+        ("self._lock(node, 1)\n        return", "return", prefix),
+        ("node = node.parent\n        self._offer(leaf)", "node = node.parent", prefix),  # never evictable again
+        ("self._offer(parent)", "pass", prefix),
+        ("del parent.children[leaf.tokens[0]]", "pass", prefix),
+        ("upper.children[node.tokens[at]] = node", "pass", prefix),
+        (
+            "node.parent = node.tokens[at:], node.slots[at:], upper",
+            "node.parent = node.tokens[at:], node.slots[at:], node.parent",
+            prefix,
+        ),
+        ("self.size -= len(freed)", "self.size -= n", prefix),
+        ("del leaf.tokens[cut:], leaf.slots[cut:]", "del leaf.slots[cut:]", prefix),
+        ("low = middle\n", "low = high\n", prefix),
+    ],
+    "scheduler": [
+        ("spare = self.step_tokens - len(self.running)", "spare = self.step_tokens", scheduler),
+        ("youngest = self.running[-1]", "youngest = self.running[0]", scheduler),
+        ("self.waiting.appendleft(request)", "self.waiting.append(request)", scheduler),
+        ("self.prefix.match(request.ids[:-1])", "self.prefix.match(request.ids)", scheduler),
+        ("not self.slots.free_count and not self.prefix.evictable", "not self.slots.free_count", scheduler),
+        ('if request.finish_reason == "error":', "if False:", scheduler),  # damaged KV is cached
+        ("self.prefix.unlock(request.node)", "pass", scheduler),
+        ("self.prefix.unlock(node)\n            return False", "return False", scheduler),
+        ("if request.finish_reason is None:", "if True:", scheduler),  # cancelled twice
+        ("elif request in self.waiting:\n                self.waiting.remove(request)", "", scheduler),
+        ("min(request.max_len, self.capacity + 1)", "min(request.max_len, self.capacity)", scheduler),
+        ("if request.prompt_len >= request.max_len:", "if request.prompt_len > request.max_len:", scheduler),
+        ("return sorted(plan, key=lambda entry: entry[1] > 1)", "return plan", scheduler),
+        ("= list(slots), len(slots), len(slots), node", "= list(slots), 0, len(slots), node", scheduler),
+        ("self.free_rows.append(request.row)", "self.free_rows.append(0)", scheduler),
+        ("spare -= n - 1", "pass", scheduler),
+        ("while self.waiting and self.free_rows and", "while self.waiting and", scheduler),
+        (
+            "self.slots.free(self.prefix.evict(n - self.slots.free_count))",
+            "self.prefix.evict(n - self.slots.free_count)",
+            scheduler,
+        ),
+        ("request.slots[max(request.cached, request.shared) :])\n            del", "[])\n            del", scheduler),
+        ("self.free_rows.pop(), 0", "self.free_rows.pop(), request.written", engine),  # a stale table
+        (
+            "caught_up = [request for request, n in plan if n == request.pending]",
+            "caught_up = [request for request, n in plan]",
+            scheduler,
+        ),
+    ],
+    "request": [
+        ("not low <= value <= high:", "value < low or value > high:", request),  # NaN passes
+        ("type(value) not in (kind, int) or ", "", request),
+        ("if token < 0:", "if token < -1:", engine),
+        ("elif len(self.ids) >= self.max_len:", "elif len(self.ids) > self.max_len:", scheduler),
+        (
+            "if token in self.stop_ids and self.output_len > self.params.min_tokens:",
+            "if token in self.stop_ids[:1]:",
+            engine,
+        ),
+    ],
+    "sampler": [
+        (
+            "        if request.params.penalized:\n            prompt",
+            "        if False:\n            prompt",
+            engine,
+        ),  # a row inherits
+        ("(output + PROMPT * (prompt > 0))", "output", engine),
+        ("(output + PROMPT * (prompt > 0))", "(output + prompt)", engine),
+        (
+            "request.ids[: request.prompt_len], request.output)",
+            "request.ids[: request.prompt_len], request.ids)",
+            engine,
+        ),
+        ("len(r.ids), r.params.top_k", "r.output_len, r.params.top_k", engine),
+        ("logits[:, self.usable :] = -torch.inf", "pass", engine),
+        ("r.output_len < r.params.min_tokens", "r.output_len <= r.params.min_tokens", engine),
+        ("+= (tokens >= 0).int()", "+= 0", engine),
+        ("raw = logits.clone()", "raw = logits", engine),
+        ("and tokens[i] >= 0", "", engine),
+        ("p.top_p, p.min_p]", "p.min_p, p.top_p]", engine),
+        (
+            "[p.repetition_penalty, p.presence_penalty, p.frequency_penalty]",
+            "[p.repetition_penalty, p.frequency_penalty, p.presence_penalty]",
+            engine,
+        ),
+        (
+            "ops.penalize_(some, self.counts, rows,",
+            "ops.penalize_(some, self.counts, index,",
+            engine,
+        ),  # place in the batch, not row
+        (
+            "values, ids = (t.tolist() for t in logprobs.topk(most))",
+            "values, ids = (t.tolist() for t in raw.topk(most))",
+            engine,
+        ),
+    ],
+    "engine": [
+        ("if request.written == 0:", "if request.written == 0 and not request.preemptions:", engine),
+        ('"kv_len": [r.cached + n for', '"kv_len": [len(r.ids) for', engine),
+        ("[q_start[i + 1] - 1 for", "[q_start[i] for", engine),
+        ('self.scheduler.fail(plan, "error")', "pass", engine),
+        ("positions += range(request.written, end)", "positions += range(end - request.written)", engine),
+        ("not 0 <= token < self.cfg.vocab", "not 0 <= token <= self.cfg.vocab", engine),
+        ("request.max_len = min(request.max_len, self.cfg.max_len)", "pass", engine),
+        ('"rows": [r.row for r, _ in plan]', '"rows": list(range(len(plan)))', engine),
+        ("request.written = end", "request.written = end + 1", engine),
+        ("np.arange(r.cached, r.cached + n)", "np.arange(r.cached + 1, r.cached + n + 1)", engine),
+    ],
+}
+
+
+@contextlib.contextmanager
+def sown(name: str, old: str, new: str):
+    """The module with one bug in it, for a while."""
+    module = importlib.import_module(f"lite_llm.engine.{name}")
+    source = inspect.getsource(module)
+    assert source.count(old) == 1, f"{name}.py has {source.count(old)} times {old!r}: renew this mutant"
+    space = dict(vars(module))
+    exec(compile(source.replace(old, new), f"<mutant of {name}>", "exec"), space)
+    with pytest.MonkeyPatch.context() as patch:
+        for key, cls in list(vars(module).items()):
+            if isinstance(cls, type) and cls.__module__ == module.__name__:
+                mutant, space[key] = space[key], cls
+                for attribute, value in vars(mutant).items():
+                    if isinstance(value, (types.FunctionType, property)):
+                        patch.setattr(cls, attribute, value)
+        yield
+
+
+@pytest.mark.parametrize("killer", [slots, prefix, scheduler, engine, request], ids=lambda f: f.__name__)
+def test_nothing_is_found_where_nothing_was_sown(killer):
+    killer()
+
+
+@pytest.mark.parametrize(
+    "name, old, new, killer",
+    [pytest.param(name, *m, id=f"{name}-{i}") for name, mutants in MUTANTS.items() for i, m in enumerate(mutants)],
+)
+def test_a_sown_bug_is_found(name, old, new, killer):
+    with sown(name, old, new), pytest.raises(BaseException) as found:  # noqa: B017, PT011
+        killer()
+    assert not isinstance(found.value, (NameError, SyntaxError)), "the mutant itself is broken"
