@@ -53,8 +53,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} = {value!r}; expected a whole number of at least 1")
-        if not 0 < self.memory_fraction <= 1:
+        if type(self.memory_fraction) not in (int, float) or not 0 < self.memory_fraction <= 1:
             raise UsageError(f"memory_fraction = {self.memory_fraction!r}; expected more than 0 and at most 1")
+        if type(self.prefix_cache) is not bool:
+            raise UsageError(f"prefix_cache = {self.prefix_cache!r}; expected True or False")
         if self.step_tokens < self.max_requests:
             raise UsageError(
                 f"step_tokens = {self.step_tokens} is less than max_requests = {self.max_requests}",
