@@ -1,4 +1,4 @@
-"""config.json is read strictly: whatever we would compute wrongly is refused by name. EngineConfig likewise."""
+"""config.json is read strictly: whatever we would compute wrongly is refused by name."""
 
 import json
 import os
@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from lite_llm.config import EngineConfig, HFConfig, read_json
-from lite_llm.errors import BadCheckpoint, UnsupportedModel, UsageError
+from lite_llm.config import HFConfig, read_json
+from lite_llm.errors import BadCheckpoint, UnsupportedModel
 from lite_llm.models import registry
 
 LLAMA = dict(
@@ -356,29 +356,7 @@ def test_errors_name_the_key_the_value_and_the_remedy(ask, message):
     assert str(error.value) == message
 
 
-# EngineConfig
-
-
-@pytest.mark.parametrize("field", ["context", "kv_tokens", "max_requests", "step_tokens"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, "8", True, NAN], ids=str)
-def test_engine_sizes_are_whole_numbers(field, value):
-    with pytest.raises(UsageError, match=field):
-        EngineConfig(**{field: value})
-
-
-@pytest.mark.parametrize("changes, key", [
-    (dict(memory_fraction=0), "memory_fraction"), (dict(memory_fraction=1.1), "memory_fraction"),
-    (dict(memory_fraction=NAN), "memory_fraction"), (dict(dtype="int8"), "dtype"),
-    (dict(step_tokens=8, max_requests=9), "step_tokens"),
-])  # fmt: skip
-def test_engine_settings_out_of_range_are_refused(changes, key):
-    with pytest.raises(UsageError, match=key):
-        EngineConfig(**changes)
-
-
 def test_configs_are_frozen():
-    with pytest.raises(AttributeError):
-        EngineConfig().context = 5
     with pytest.raises(AttributeError):
         parse(LLAMA).hidden = 5
 

@@ -1,0 +1,30 @@
+"""The user's wishes are checked before anything is opened."""
+
+import pytest
+
+from lite_llm.config import EngineConfig
+from lite_llm.errors import UsageError
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("field", ["context", "kv_tokens", "max_requests", "step_tokens", "threads"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8", True, NAN], ids=str)
+def test_engine_sizes_are_whole_numbers(field, value):
+    with pytest.raises(UsageError, match=field):
+        EngineConfig(**{field: value})
+
+
+@pytest.mark.parametrize("changes, key", [
+    (dict(memory_fraction=0), "memory_fraction"), (dict(memory_fraction=1.1), "memory_fraction"),
+    (dict(memory_fraction=NAN), "memory_fraction"), (dict(memory_fraction="0.5"), "memory_fraction"), (dict(prefix_cache=1), "prefix_cache"), (dict(dtype="int8"), "dtype"),
+    (dict(step_tokens=8, max_requests=9), "step_tokens"),
+])  # fmt: skip
+def test_engine_settings_out_of_range_are_refused(changes, key):
+    with pytest.raises(UsageError, match=key):
+        EngineConfig(**changes)
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(AttributeError):
+        EngineConfig().context = 5
