@@ -17,7 +17,9 @@ def test_engine_sizes_are_whole_numbers(field, value):
 
 @pytest.mark.parametrize("changes, key", [
     (dict(memory_fraction=0), "memory_fraction"), (dict(memory_fraction=1.1), "memory_fraction"),
-    (dict(memory_fraction=NAN), "memory_fraction"), (dict(memory_fraction="0.5"), "memory_fraction"), (dict(prefix_cache=1), "prefix_cache"), (dict(dtype="int8"), "dtype"),
+    (dict(memory_fraction=NAN), "memory_fraction"),
+    (dict(memory_fraction="0.5"), "memory_fraction"), (dict(prefix_cache=1), "prefix_cache"),
+    (dict(dtype="int8"), "dtype"),
     (dict(step_tokens=8, max_requests=9), "step_tokens"),
 ])  # fmt: skip
 def test_engine_settings_out_of_range_are_refused(changes, key):
