@@ -34,8 +34,12 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("cpu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    else:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -107,6 +108,14 @@ def _prepare(options: argparse.Namespace, screen: Screen) -> None:
 
 def _guarded(work: Callable[[], int], screen: Screen, options: argparse.Namespace) -> int:
     """The exit code of `work`, whatever happens in it."""
+    interrupted = False
+
+    def interrupt(*_) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         code = work()
         screen.out.flush()  # a closed pipe shows here at the latest
@@ -116,10 +125,14 @@ def _guarded(work: Callable[[], int], screen: Screen, options: argparse.Namespac
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
+        if interrupted:  # a library that was being imported has turned the interrupt into an ImportError
+            return INTERRUPTED
         try:
             return _report(error, screen, options)
         except BrokenPipeError:
             return _closed_pipe()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _report(error: Exception, screen: Screen, options: argparse.Namespace) -> int:

@@ -176,7 +176,7 @@ class Markdown:
         that a long link can be copied."""
         if not self._word:
             return
-        width, size = self._width(), cell_len("".join(text for _, text in self._word))
+        width, size = self._width(), self._word_width  # by character: joined emoji measure less, but come in pieces
         if not self._long and self._column > self._margin and self._column + len(self._gap) + size > width:
             self._out.append("\n" + self._hanging)
             self._column = self._margin

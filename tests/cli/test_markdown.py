@@ -114,6 +114,7 @@ PIECES = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(PIECES, st.lists(st.integers(1, 7), min_size=1, max_size=40))
 @example(["*", "*", "a", "**", "*"], [1])
+@example(["]", "👩\u200d👧", "x" * 50], [1])
 def test_chunks_do_not_matter(pieces, sizes):
     text, chunks, at = "".join(pieces), [], 0
     while at < len(text):

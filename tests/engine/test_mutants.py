@@ -17,7 +17,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.engine import test_engine, test_prefix, test_request, test_sampling, test_scheduler, test_slots
 
 QUICK = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+    max_examples=1000, stateful_step_count=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck), report_multiple_bugs=False, print_blob=False,
 )  # fmt: skip
 

@@ -306,7 +306,7 @@ print("right")
 """
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the GPU has a test of its own")
+@pytest.mark.cpu
 def test_pool_of_more_than_2_to_the_31_elements():
     """In a child: an int32 offset would end the process. Both ends of the pool are read; nothing else exists."""
     import os
