@@ -55,6 +55,8 @@ class EngineConfig:
                 raise UsageError(f"{name} = {value!r}; expected a whole number of at least 1")
         if type(self.memory_fraction) not in (int, float) or not 0 < self.memory_fraction <= 1:
             raise UsageError(f"memory_fraction = {self.memory_fraction!r}; expected more than 0 and at most 1")
+        if not isinstance(self.ignore_config, (tuple, list)) or not all(type(k) is str for k in self.ignore_config):
+            raise UsageError(f"ignore_config = {self.ignore_config!r}; expected a tuple of config.json keys")
         if type(self.prefix_cache) is not bool:
             raise UsageError(f"prefix_cache = {self.prefix_cache!r}; expected True or False")
         if self.step_tokens < self.max_requests:

@@ -28,6 +28,9 @@ from lite_llm.weights.random import fill_random
 log = logging.getLogger("lite_llm")
 DEMO = Path(__file__).parent / "demo" / "chat"
 
+_CHARS_A_TOKEN = 256
+"""More than any token has, so that a text far beyond the context is refused before it is tokenized."""
+
 Message = Mapping[str, object]
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or a conversation in OpenAI's form."""
@@ -130,6 +133,10 @@ class LLM:
 
         A prompt is text, taken as it is with the tokenizer's BOS, or token ids. `params` is one for all or one each.
         """
+        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+            raise UsageError(
+                f"the prompt is a {type(prompts).__name__}; expected text, token ids, or a list of prompts"
+            )
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             return self._answer([prompts], [_one(params)])[0]
         return self._answer(prompts, _each(params, len(prompts)))
@@ -140,6 +147,11 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Output | list[Output]:
         """Answer one conversation (an Output) or a list of them (a list), through the checkpoint's chat template."""
+        if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+            raise UsageError(
+                f"chat takes a list of messages, not a {type(messages).__name__}",
+                'pass [{"role": "user", "content": "..."}], or use generate for plain text',
+            )
         if not messages or isinstance(messages[0], Mapping):
             return self._answer([messages], [_one(params)])[0]
         return self._answer(messages, _each(params, len(messages)))
@@ -242,9 +254,10 @@ class LLM:
             return list(prompt)
         if self.tokenizer is None:
             raise UsageError(f"{self.name} has random weights and no tokenizer", "pass token ids")
+        most = self.cfg.max_len * _CHARS_A_TOKEN
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        return self.tokenizer.chat_ids(prompt)
+            return self.tokenizer.encode(prompt, max_chars=most)
+        return self.tokenizer.chat_ids(prompt, max_chars=most)
 
     def _find(self, id: str) -> list["_Stream"]:
         if id not in self._streams:
@@ -328,7 +341,11 @@ def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingPa
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, n: int) -> list[SamplingParams]:
-    wishes = [params or SamplingParams()] * n if params is None or isinstance(params, SamplingParams) else list(params)
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * n
+    if not isinstance(params, Sequence) or not all(isinstance(wish, SamplingParams) for wish in params):
+        raise UsageError(f"params is a {type(params).__name__}; expected SamplingParams, or a list of them")
+    wishes = list(params)
     if len(wishes) != n:
         raise UsageError(f"{len(wishes)} sampling parameters for {n} prompts; expected one for all or one each")
     return wishes

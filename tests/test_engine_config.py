@@ -19,6 +19,7 @@ def test_engine_sizes_are_whole_numbers(field, value):
     (dict(memory_fraction=0), "memory_fraction"), (dict(memory_fraction=1.1), "memory_fraction"),
     (dict(memory_fraction=NAN), "memory_fraction"),
     (dict(memory_fraction="0.5"), "memory_fraction"), (dict(prefix_cache=1), "prefix_cache"),
+    (dict(ignore_config="key"), "ignore_config"),
     (dict(dtype="int8"), "dtype"),
     (dict(step_tokens=8, max_requests=9), "step_tokens"),
 ])  # fmt: skip

@@ -5,7 +5,8 @@
 
 The yardstick is transformers in float32 with the same rounded weights (float64 for --dtype float32). Both sides are
 judged in the model's dtype: ratio = our error / transformers' own error in that dtype. Up to 2 is rounding; more is a
-bug, and the exit code is 1. Weights come from transformers' side through the model's RULES: the loader is on trial too.
+bug, and the exit code is 1. Each side loads a checkpoint by itself, so the loaders are compared too; random weights are
+transformers', given to our side through the model's RULES.
 """
 
 import argparse
@@ -22,25 +23,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from lite_llm.batch import Batch, KVPool
 from lite_llm.config import HFConfig
-from lite_llm.errors import LiteLLMError
+from lite_llm.errors import BadCheckpoint, LiteLLMError, UsageError
 from lite_llm.layers import LayerFactory
 from lite_llm.models import registry, shapes
-from lite_llm.weights import rules
+from lite_llm.weights import load_weights, open_checkpoint, rules
 from tools.environment import environment
 
 LIMIT = 2.0
+FLOOR = 5e-7  # errors below a few roundings of float32 are nobody's fault
 LENGTHS = (512, 37, 129, 1)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", nargs="*", type=Path, help="directories in Hugging Face format")
     parser.add_argument("--shape", action="append", default=[], help="a named shape with random weights")
-    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", action="store_true", help="print every layer")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
+    if not args.checkpoint and not args.shape:
+        parser.error("name a checkpoint, or a --shape")
     torch.backends.cuda.matmul.allow_tf32 = False
     results = []
     for name in [*args.checkpoint, *args.shape]:
@@ -67,51 +72,61 @@ def main() -> int:
 def compare(name: Path | str, dtype: torch.dtype, device: torch.device, show_layers: bool) -> dict:
     """Errors of both sides against float32, as norms relative to float32's; see the file's head."""
     started = time.monotonic()
-    theirs, raw = _their_model(name, dtype, device)
-    cfg = registry.parse(HFConfig(raw))
+    checkpoint = open_checkpoint(name) if isinstance(name, Path) else None
+    if checkpoint is not None and checkpoint.fused:
+        raise UsageError(f"{name} was converted and transformers cannot read it", "compare the directory it came from")
+    hf = HFConfig(shapes.shape_config(name)) if checkpoint is None else HFConfig.load(name)
+    cfg = registry.parse(hf)
     module, cls = registry.find(cfg.architecture)
+    theirs = _random_model(name, dtype, device) if checkpoint is None else _their_model(name, dtype, device)
     ours = cls(LayerFactory(dtype, device), cfg)
-    rules.load(ours, module.RULES, theirs.state_dict().items())
+    if checkpoint is None:
+        rules.load(ours, module.RULES, theirs.state_dict().items())
+    else:
+        load_weights(ours, checkpoint, module.RULES)
+    ours.eval()
 
     torch.manual_seed(0)
-    prompts = [torch.randint(0, cfg.vocab, (n,), device=device) for n in LENGTHS]
+    prompts = [torch.randint(0, cfg.vocab, (min(n, cfg.max_len),), device=device) for n in LENGTHS]
     got, got_layers = _our_forward(ours, cfg, prompts, dtype, device)
     rounded, rounded_layers = _their_forward(theirs, prompts)
     del ours
     exact, exact_layers = _their_forward(theirs.double() if dtype == torch.float32 else theirs.float(), prompts)
 
     layers = [(_error(a, c), _error(b, c)) for a, b, c in zip(got_layers, rounded_layers, exact_layers, strict=True)]
-    floor = torch.finfo(dtype).eps
-    parts = next((i for i, (a, b) in enumerate(layers) if a > LIMIT * b + floor), None)
+    parts = next((i for i, (a, b) in enumerate(layers) if a > LIMIT * b + FLOOR), None)
     if show_layers:
         for i, (a, b) in enumerate(layers):
             print(f"  into layer {i:>3}: ours {a:.3e}, transformers {b:.3e}")
     ours_error, their_error = _error(got, exact), _error(rounded, exact)
     got, rounded, exact = got.double(), rounded.double(), exact.double()
-    rows = (got - exact).norm(dim=-1) / (rounded - exact).norm(dim=-1).clamp(min=floor * exact.norm(dim=-1))
+    rows = (got - exact).norm(dim=-1) / (rounded - exact).norm(dim=-1).clamp(min=FLOOR * exact.norm(dim=-1))
     return {
         "model": str(name),
         "dtype": str(dtype),
         "ours": ours_error,
         "theirs": their_error,
-        "ratio": ours_error / max(their_error, floor),
+        "ratio": ours_error / max(their_error, FLOOR),
         "worst_row_ratio": rows.max().item(),
         "max_abs_ours": (got - exact).abs().max().item(),
         "max_abs_theirs": (rounded - exact).abs().max().item(),
         "argmax_ours": (got.argmax(-1) == exact.argmax(-1)).float().mean().item(),
         "argmax_theirs": (rounded.argmax(-1) == exact.argmax(-1)).float().mean().item(),
         "parts_at": parts,
-        "ok": parts is None and ours_error <= LIMIT * their_error + floor,
+        "ok": parts is None and ours_error <= LIMIT * their_error + FLOOR,
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def _their_model(name: Path | str, dtype: torch.dtype, device: torch.device) -> tuple[torch.nn.Module, dict]:
-    if isinstance(name, Path):
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-        return model, json.loads((name / "config.json").read_text())
-    raw = shapes.shape_config(name)
-    config = transformers.AutoConfig.for_model(**raw)
+def _their_model(path: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    if wrong := {kind: sorted(names) for kind, names in info.items() if names}:
+        raise BadCheckpoint(f"{path}: transformers did not load it as it is: {str(wrong)[:500]}")
+    return model.to(device).eval()
+
+
+def _random_model(shape: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    config = transformers.AutoConfig.for_model(**shapes.shape_config(shape))
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
@@ -121,7 +136,7 @@ def _their_model(name: Path | str, dtype: torch.dtype, device: torch.device) -> 
     generator = torch.Generator(device).manual_seed(0)
     for key, parameter in model.named_parameters():  # biases and norms too, which transformers would leave at 0 and 1
         parameter.data.normal_(1.0 if "norm" in key else 0.0, 0.1 if "norm" in key else 0.02, generator=generator)
-    return model, raw
+    return model
 
 
 def _their_forward(model: torch.nn.Module, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -133,19 +148,20 @@ def _their_forward(model: torch.nn.Module, prompts: list[Tensor]) -> tuple[Tenso
 
 def _our_forward(model, cfg, prompts: list[Tensor], dtype, device) -> tuple[Tensor, list[Tensor]]:
     """All prompts in one ragged batch but for their last tokens, which follow as one batch of decodes."""
-    pool = (cfg.num_layers, sum(LENGTHS) + 1, cfg.kv_heads, cfg.head_dim)
+    lengths = [len(prompt) for prompt in prompts]
+    pool = (cfg.num_layers, sum(lengths) + 1, cfg.kv_heads, cfg.head_dim)
     kv = KVPool(
         torch.full(pool, torch.nan, dtype=dtype, device=device), torch.full(pool, torch.nan, dtype=dtype, device=device)
     )
-    slots = 1 + torch.randperm(sum(LENGTHS), device=device)
-    starts = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
-    table = torch.zeros(len(prompts), max(LENGTHS), dtype=torch.int32, device=device)
-    for row, n in enumerate(LENGTHS):
+    slots = 1 + torch.randperm(sum(lengths), device=device)
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    table = torch.zeros(len(prompts), max(lengths), dtype=torch.int32, device=device)
+    for row, n in enumerate(lengths):
         table[row, :n] = slots[starts[row] : starts[row] + n].int()
     captured: list[Tensor] = []
     hooks = [b.register_forward_pre_hook(lambda _, a: captured.append((a[0] + a[1]).float())) for b in model.blocks]
     whole: dict[int, list[Tensor]] = {}
-    for pieces in ([(0, n - 1) for n in LENGTHS], [(n - 1, 1) for n in LENGTHS]):
+    for pieces in ([(0, n - 1) for n in lengths], [(n - 1, 1) for n in lengths]):
         pieces = [(row, done, n) for row, (done, n) in enumerate(pieces) if n]
         captured.clear()
         logits = model(_batch(prompts, pieces, table, device), kv)

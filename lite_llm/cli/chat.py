@@ -66,7 +66,7 @@ class Chat:
         session, screen = self._session, self._screen
         same = replace and question == session.last_question()
         if same and session.params.resolved(session.llm.generation_config).greedy:
-            screen.note("temperature is 0, so the answer will be the same; /set temperature 0.7 varies it")
+            screen.note("temperature is 0: the same settings give the same answer; /set temperature 0.7 varies it")
         output = answer(session, screen, question, replace)
         if output.finish_reason == "error":
             raise UsageError("the model gave no usable numbers, so there is no answer", "try again or /clear")

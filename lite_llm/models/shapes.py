@@ -13,11 +13,12 @@ Config = dict[str, Any]
 
 def shape_config(name: str) -> Config:
     """The config.json of a model of this shape. UsageError lists the names."""
-    base = name.removeprefix("tiny-")
+    plain = name.removeprefix("tiny-")
+    base = _ALIASES.get(plain, plain)
     if base not in _SHAPES:
         raise UsageError(f"shape {name!r} is not known", f"known, also with tiny- before: {', '.join(_SHAPES)}")
     config = {**_SHAPES[base]}
-    return config if base == name else _tiny(config)
+    return config if plain == name else _tiny(config)
 
 
 def shape_names() -> list[str]:
@@ -170,6 +171,8 @@ def _qwen3(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, **fact
     }
     return _qwen2(layers, hidden, ffn, heads, kv_heads, **{**own, **facts})
 
+
+_ALIASES = {"tinyllama": "tinyllama-1.1b", "mistral-7b": "mistral-7b-v0.3"}
 
 _SHAPES: dict[str, Config] = {
     "llama-3.2-1b": _llama(

@@ -26,6 +26,7 @@ def slots() -> None:
     test_slots.test_a_count_that_is_none_is_refused(-1)
     test_slots.test_slots_given_back_one_by_one_become_one_run_again(1)
     test_slots.test_a_run_that_was_taken_whole_is_forgotten()
+    test_slots.test_a_slot_given_back_is_the_one_that_comes_next()
     run_state_machine_as_test(test_slots.SlotMachine, settings=QUICK)
 
 

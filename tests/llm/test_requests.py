@@ -184,3 +184,13 @@ def test_the_context_manager_closes(checkpoint):
         assert llm.generate("x", params(max_tokens=1)).finish_reason == "length"
     with pytest.raises(UsageError, match="closed"):
         llm.generate("x")
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda llm: llm.chat("Hello"), "list of messages, not a str"), (lambda llm: llm.chat(5), "not a int"),
+    (lambda llm: llm.generate(None), "NoneType"), (lambda llm: llm.generate("hi", "params"), "params is a str"),
+    (lambda llm: llm.generate("x" * 128 * 256 + "x"), "characters"),
+])  # fmt: skip
+def test_arguments_of_a_wrong_kind_are_named(llm, call, said):
+    with pytest.raises(UsageError, match=said):
+        call(llm)
