@@ -73,3 +73,14 @@ def test_copies_are_right_in_any_company():
         outputs = llm.generate(ask, SamplingParams(max_tokens=25, temperature=0.0))
         for text, output in zip(texts, outputs, strict=True):
             assert output.text.replace(" ", "") == text and output.finish_reason == "stop"
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_free_again_after_the_context_manager():
+    square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+    square @ square  # cuBLAS takes its workspace once and keeps it
+    before = torch.cuda.memory_allocated()
+    with LLM(shape="tiny-llama-3.2-1b", random_weights=True, device="cuda") as llm:
+        assert len(llm.generate([1, 2, 3], params(max_tokens=4)).token_ids) == 4
+        assert torch.cuda.memory_allocated() > before
+    assert torch.cuda.memory_allocated() == before
