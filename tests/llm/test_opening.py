@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from lite_llm import SamplingParams
 from lite_llm.errors import BadCheckpoint, DoesNotFit, LiteLLMError, UsageError

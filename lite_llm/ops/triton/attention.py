@@ -30,7 +30,7 @@ def tiles(head_dim: int, itemsize: int, windowed: bool, capability: int) -> Tile
     """
     wide = triton.next_power_of_2(head_dim)
     if itemsize == 4:  # exact fp32 products run on the plain cores
-        return Tiles(16, 16, 8 if wide == 128 else 4, 1 if wide <= 64 else 2)
+        return Tiles(16, 16, 8 if wide == 128 else 4, 2 if wide == 256 else 1)
     if wide <= 64:
         return Tiles(128, 64, 8, 3 if wide == 64 else 2)
     if wide == 128 and capability in (90, 100):
