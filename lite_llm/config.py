@@ -1,19 +1,17 @@
 """What the user wants (`EngineConfig`), what a model is (`ModelConfig`), and how config.json is read (`HFConfig`)."""
 
-import json
 import math
-import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lite_llm.errors import BadCheckpoint, UnsupportedModel, UsageError
+from lite_llm.errors import UnsupportedModel, UsageError, shown
+from lite_llm.jsonfile import read_object
 
 if TYPE_CHECKING:
     from lite_llm.rope import Rope
 
 _MISSING = object()
-_MAX_BYTES = 4 << 20
 _MOST = 1 << 24  # no size of a real model is larger
 
 # Keys that describe training, files or defaults of generation, not the function that the weights compute.
@@ -122,7 +120,7 @@ class HFConfig:
     @classmethod
     def load(cls, directory: Path, ignore: tuple[str, ...] = ()) -> "HFConfig":
         """Reads `directory/config.json`. BadCheckpoint if it is missing, not an object, or has a key twice."""
-        return cls(read_json(directory / "config.json"), ignore)
+        return cls(read_object(directory / "config.json"), ignore)
 
     def get(self, kind: type, key: str, default: Any = _MISSING) -> Any:
         """The value at `key`, checked to be a finite `kind`. "a.b" is nested, "a|b" is a or else b; null is absent."""
@@ -190,43 +188,3 @@ class HFConfig:
                 + (f", nor are {', '.join(unknown[1:20])}" if unknown[1:] else ""),
                 "if it does not change what the model computes, pass --ignore-config " + ",".join(unknown[:20]),
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 4 MiB. BadCheckpoint, naming the file, if it is anything else."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {shown(key)} stands there twice")
-            seen.add(key)
-        return dict(pairs)
-
-    try:
-        if path.exists() and not path.is_file():  # a pipe would block, a device never ends
-            raise BadCheckpoint(f"{path} is not a file")
-        if path.stat().st_size > _MAX_BYTES:
-            raise BadCheckpoint(f"{path} has {path.stat().st_size} bytes; expected at most {_MAX_BYTES}")
-        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise BadCheckpoint(
-            f"{path} is missing", "a model directory in Hugging Face format has config.json and *.safetensors"
-        ) from None
-    except OSError as error:
-        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except RecursionError:
-        raise BadCheckpoint(f"{path} is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise BadCheckpoint(f"{path} is not valid JSON: {error}", "download the file again") from None
-    if not isinstance(value, dict):
-        raise BadCheckpoint(f"{path} holds a {type(value).__name__}; expected an object")
-    return value
-
-
-def shown(value: Any) -> str:
-    """A value of a file for a message: one line of printable characters, short, however long or deep the value is."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 80
-    text = short.repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

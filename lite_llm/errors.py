@@ -1,5 +1,8 @@
 """The errors a user can cause. A broken internal invariant stays an `assert`."""
 
+import reprlib
+from typing import Any
+
 
 class LiteLLMError(Exception):
     """Base of all: `message` says what was found and expected, `hint` what to do, `exit_code` how the CLI ends."""
@@ -58,3 +61,11 @@ class SourceProblem(LiteLLMError):
 
     exit_code = 6
     code = "source"
+
+
+def shown(value: Any) -> str:
+    """A value of a file for a message: one line of printable characters, short, however long or deep the value is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    text = short.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from lite_llm.config import EngineConfig, HFConfig, read_json
+from lite_llm.config import EngineConfig, HFConfig
 from lite_llm.engine.build import Blueprint
 from lite_llm.engine.engine import Engine
 from lite_llm.engine.memory import MemoryPlan
 from lite_llm.engine.request import Request, SamplingParams
 from lite_llm.errors import BadCheckpoint, UsageError
+from lite_llm.jsonfile import read_object
 from lite_llm.models import registry, shapes
 from lite_llm.outputs import Choice, Delta, Output, Timings, Usage
 from lite_llm.text import Detokenizer, StopMatcher, Tokenizer
@@ -328,7 +329,7 @@ def _engine_config(options: Mapping[str, object]) -> EngineConfig:
 
 def _generation_config(path: Path) -> dict[str, object]:
     """The checkpoint's defaults for sampling; {} if it has none. BadCheckpoint if they are out of range."""
-    defaults = read_json(path) if path.exists() else {}
+    defaults = read_object(path) if path.exists() else {}
     try:
         SamplingParams().resolved(defaults)
     except UsageError as error:

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lite_llm.config import HFConfig, shown
-from lite_llm.errors import UnsupportedModel
+from lite_llm.config import HFConfig
+from lite_llm.errors import UnsupportedModel, shown
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from lite_llm.config import HFConfig, read_json
+from lite_llm.config import HFConfig
 from lite_llm.errors import BadCheckpoint, UnsupportedModel
+from lite_llm.jsonfile import read_object
 from lite_llm.models import registry
 
 LLAMA = dict(
@@ -295,7 +296,7 @@ def written(tmp_path, data):
 def test_a_damaged_file_is_refused_by_name(tmp_path, data, message):
     path = written(tmp_path, data)
     with pytest.raises(BadCheckpoint, match=re.escape(message)) as refusal:
-        read_json(path)
+        read_object(path)
     assert str(path) in str(refusal.value)
 
 
@@ -307,10 +308,10 @@ def test_what_is_no_file_is_refused(tmp_path):
         HFConfig.load(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(BadCheckpoint, match="is not a file"):
-        read_json(tmp_path / "pipe")
+        read_object(tmp_path / "pipe")
     (tmp_path / "endless").symlink_to("/dev/zero")
     with pytest.raises(BadCheckpoint, match="is not a file"):
-        read_json(tmp_path / "endless")
+        read_object(tmp_path / "endless")
 
 
 def test_a_file_of_a_gigabyte_is_not_read(tmp_path):

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"errors", "log", "batch", "parallel", "config", "rope"}
+LEAVES = {"errors", "log", "jsonfile", "batch", "parallel", "config", "rope"}
 MAY_IMPORT = {
     **dict.fromkeys(["errors", "log", "batch", "parallel"], set()),
-    **dict.fromkeys(["ops", "weights", "text"], {"errors", "log"}),
-    **dict.fromkeys(["config", "rope"], {"errors", "config", "rope"}),
+    "jsonfile": {"errors"},
+    "ops": {"errors", "log"},
+    **dict.fromkeys(["weights", "text"], {"errors", "log", "jsonfile"}),
+    **dict.fromkeys(["config", "rope"], {"errors", "jsonfile", "config", "rope"}),
     "quant": {"ops", "errors"},
     "layers": {"ops", "quant", "weights"} | LEAVES,
     "models": {"ops", "quant", "weights", "layers"} | LEAVES,

@@ -79,6 +79,8 @@ def cases(cfg: ModelConfig):
     for requests, length in ((1, 512), (1, 32768), (8, 4096), (64, 4096), (256, 1024)):
         moved = 2 * requests * length * kv_heads * dim * ITEM
         yield "attend", f"decode {requests} x {length}", *attention(cfg, [1] * requests, length), moved, 0
+    scattered = attention(cfg, [1] * 64, 4096, scattered=True)
+    yield "attend", "decode 64 x 4096, scattered slots", *scattered, 2 * 64 * 4096 * kv_heads * dim * ITEM, 0
     for new, cached, count in ((2048, 0, 4), (8192, 0, 1), (2048, 30720, 1)):
         flops = 4 * count * heads * dim * (new * cached + new * (new + 1) // 2)
         yield "attend", f"prompt {count} x {new} over {cached}", *attention(cfg, [new] * count, new + cached), 0, flops
@@ -93,12 +95,13 @@ def cases(cfg: ModelConfig):
             yield "sample", f"{requests} rows, {what}", draw, copies(logits), logits.numel() * 4, 0
 
 
-def attention(cfg: ModelConfig, counts: list[int], length: int) -> tuple[Callable, list]:
+def attention(cfg: ModelConfig, counts: list[int], length: int, scattered: bool = False) -> tuple[Callable, list]:
     requests, tokens = len(counts), sum(counts)
     slots = requests * length + 1
     pool = lambda: randn(slots, cfg.kv_heads, cfg.head_dim)  # noqa: E731
     pools = [(pool(), pool()) for _ in range(max(1, min(4, COLD // (2 * slots * cfg.kv_heads * cfg.head_dim * ITEM))))]
-    table = (1 + torch.arange(slots - 1, device=DEVICE, dtype=torch.int32)).view(requests, length)
+    order = torch.randperm if scattered else torch.arange
+    table = (1 + order(slots - 1, device=DEVICE, dtype=torch.int32)).view(requests, length)
     ints = dict(dtype=torch.int32, device=DEVICE)
     rows, kv_len = torch.arange(requests, **ints), torch.full((requests,), length, **ints)
     q_start = torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()

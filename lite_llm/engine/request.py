@@ -6,8 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lite_llm.config import shown
-from lite_llm.errors import UsageError
+from lite_llm.errors import UsageError, shown
 
 _RANGES = {
     "max_tokens": (int, 1, 2**31),

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lite_llm.batch import Batch, KVPool
-from lite_llm.config import HFConfig, ModelConfig, shown
-from lite_llm.errors import UnsupportedModel
+from lite_llm.config import HFConfig, ModelConfig
+from lite_llm.errors import UnsupportedModel, shown
 from lite_llm.layers import Attention, Embedding, GatedMLP, Head, LayerFactory, RMSNorm, RopeTable
 from lite_llm.rope import parse_rope
 from lite_llm.weights.rules import Rules

@@ -2,8 +2,8 @@
 
 import importlib
 
-from lite_llm.config import HFConfig, ModelConfig, shown
-from lite_llm.errors import UnsupportedModel
+from lite_llm.config import HFConfig, ModelConfig
+from lite_llm.errors import UnsupportedModel, shown
 from lite_llm.quant import format_of
 
 MODELS = {

@@ -4,13 +4,13 @@
 which is never changed after `load` and so may be shared by threads.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite_llm.errors import BadCheckpoint, EnvironmentProblem, UnsupportedModel, UsageError
+from lite_llm.jsonfile import read_object
 from lite_llm.text.control import ControlTokens, Marks, without_surrogates
 from lite_llm.text.template import KEYS, ChatTemplate, check_messages, text_of
 
@@ -224,17 +224,7 @@ def _load(path: Path, custom: bool) -> Any:
 
 def _json(file: Path) -> dict[str, Any]:
     """A JSON file's object; empty if there is no such file."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadCheckpoint(
-            f"{file}: not readable as JSON: {_line(error)}", hint="fetch the file again from the original checkpoint"
-        ) from error
-    if not isinstance(content, dict):
-        raise BadCheckpoint(f"{file}: holds a {type(content).__name__}; expected a JSON object")
-    return content
+    return read_object(file, most_bytes=16 << 20) if file.exists() else {}
 
 
 def _line(error: BaseException) -> str:

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lite_llm.errors import BadCheckpoint
-from lite_llm.weights.header import Entry, read_header, read_object
+from lite_llm.jsonfile import read_object
+from lite_llm.weights.header import MAX_HEADER, Entry, read_header
 from lite_llm.weights.manifest import MANIFEST, METADATA_FORMAT, Manifest, read_manifest
 from lite_llm.weights.stream import Range, stream
 
@@ -156,7 +157,7 @@ def _fused_entries(directory: Path, manifest: Manifest) -> dict[str, Entry]:
 
 def _sharded_entries(directory: Path) -> dict[str, Entry]:
     index = directory / INDEX
-    weight_map = read_object(contained(directory, INDEX)).get("weight_map")
+    weight_map = read_object(contained(directory, INDEX), MAX_HEADER).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise BadCheckpoint(f"{index}: weight_map is no table from tensor names to files")
     shards = sorted(set(weight_map.values()))

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lite_llm.errors import BadCheckpoint, SourceProblem, UsageError
+from lite_llm.jsonfile import read_object
 from lite_llm.weights.files import SINGLE, Checkpoint, contained, open_checkpoint
-from lite_llm.weights.header import NAMES, read_object
+from lite_llm.weights.header import NAMES
 from lite_llm.weights.loading import Progress, require_fit
 from lite_llm.weights.manifest import (
     MANIFEST,

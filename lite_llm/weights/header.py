@@ -3,15 +3,15 @@
 Layout: 8 bytes little-endian length, that many bytes of JSON (name -> dtype, shape, data_offsets), then the data.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from lite_llm.errors import BadCheckpoint
+from lite_llm.jsonfile import parse_object
 
 DTYPES = {
     "F64": torch.float64,
@@ -75,44 +75,6 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
     _require_gapless(path, entries, 8 + length, size)
     return entries, metadata
-
-
-def parse_object(text: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object without duplicate keys or NaN. BadCheckpoint, naming the file, if it is anything else."""
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise BadCheckpoint(f"{path}: its JSON is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise BadCheckpoint(f"{path}: not valid JSON: {error}", "download the file again") from None
-    if not isinstance(value, dict):
-        raise BadCheckpoint(f"{path}: its JSON is a {type(value).__name__}; expected an object")
-    return value
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """`parse_object` of a file of at most 16 MiB."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_HEADER + 1)
-    except OSError as error:
-        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    if len(text) > MAX_HEADER:
-        raise BadCheckpoint(f"{path} is longer than {MAX_HEADER} bytes")
-    return parse_object(text, path)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice!r} stands there twice")
-    return table
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _entry(path: Path, name: str, value: Any, data: int) -> Entry:

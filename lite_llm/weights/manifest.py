@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lite_llm.errors import BadCheckpoint
-from lite_llm.weights.header import DTYPES, read_object
+from lite_llm.jsonfile import read_object
+from lite_llm.weights.header import DTYPES, MAX_HEADER
 
 MANIFEST = "manifest.json"
 METADATA_FORMAT = "lite_llm-fused"
@@ -48,7 +49,7 @@ class Manifest:
 def read_manifest(directory: Path) -> Manifest:
     """The manifest, with its version, the sizes of all files and the hash of config.json checked."""
     path = directory / MANIFEST
-    table = read_object(path)
+    table = read_object(path, MAX_HEADER)
     if table.pop("format", None) != METADATA_FORMAT:
         raise BadCheckpoint(f"{path} is not of a lite_llm fused directory")
     version = table.pop("version", None)

@@ -236,10 +236,8 @@ class Rig:
         self.vocab = cfg.vocab if cfg else vocab
         cfg = dataclasses.replace(cfg or tiny_config(vocab, max_len), max_len=max_len)
         shape = (cfg.num_layers, slots, cfg.kv_heads, cfg.head_dim) if model else (1, slots, 1, 2)
-        dtype = torch.float32 if model else torch.float64
-        self.kv = KVPool(
-            torch.full(shape, NAN, dtype=dtype), torch.full(shape if model else (1, slots, 1, 1), NAN, dtype=dtype)
-        )
+        like = next(model.parameters()) if model else torch.zeros(0, dtype=torch.float64)
+        self.kv = KVPool(like.new_full(shape, NAN), like.new_full(shape if model else (1, slots, 1, 1), NAN))
         self.model = model or HashModel(vocab, hook)
         self.engine = Engine(
             self.model, cfg, self.kv, max_requests=rows, step_tokens=step_tokens, prefix_cache=prefix_cache,

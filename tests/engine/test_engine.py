@@ -192,10 +192,19 @@ class _Every(torch.nn.Module):
         return logits[batch.logits_at]
 
 
-@pytest.fixture(scope="module")
-def copier():
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("cpu", "float32"),
+        pytest.param(("cuda", "float32"), marks=pytest.mark.gpu),
+        pytest.param(("cuda", "bfloat16"), marks=pytest.mark.gpu),
+    ],
+    ids="-".join,
+)
+def copier(request):
     """The bundled model that repeats a string of distinct symbols: every request carries its own right answer."""
-    with LLM(COPY, device="cpu", dtype="float32", kv_tokens=64, max_requests=4, step_tokens=64) as llm:
+    device, dtype = request.param
+    with LLM(COPY, device=device, dtype=dtype, kv_tokens=64, max_requests=4, step_tokens=64) as llm:
         yield llm.engine.model, llm.cfg, llm.tokenizer
 
 
