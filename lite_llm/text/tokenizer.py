@@ -132,9 +132,6 @@ class Tokenizer:
             ids = [token for token in ids if token not in self.special_ids]
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
-    def is_special(self, token: int) -> bool:
-        return token in self.special_ids
-
     def piece(self, token: int) -> str | None:
         """The vocabulary's entry for an id ("Ġthe", "▁the", "<0x0A>"); None if `decode` skips the id."""
         return self._piece(token)

@@ -84,7 +84,7 @@ def test_a_continuation_is_what_follows_the_prompt(family, data):
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_survives_and_no_broken_character_is_shown(family, text):
     tokenizer = load(family)
-    ids = [token for token in tokenizer.encode(text) if not tokenizer.is_special(token)]
+    ids = [token for token in tokenizer.encode(text) if token not in tokenizer.special_ids]
     detokenizer = Detokenizer(tokenizer)
     chunks = [detokenizer.add([token]) for token in ids] + [detokenizer.finish()]
     assert "".join(chunks) == tokenizer.decode(ids)

@@ -58,7 +58,7 @@ def test_ids_and_sizes(tmp_path):
     tokenizer = load(tmp_path)
     assert tokenizer.vocab_size == len(tokenizer._backend.get_vocab())
     assert tokenizer.special_ids == {tokenizer._backend.token_to_id(text) for text in build.SPECIALS}
-    assert tokenizer.is_special(tokenizer.bos_id) and not tokenizer.is_special(tokenizer.encode("a")[-1])
+    assert tokenizer.bos_id in tokenizer.special_ids and tokenizer.encode("a")[-1] not in tokenizer.special_ids
     assert tokenizer.decode(tokenizer.encode("a<|eot_id|>")) == "a"
     assert tokenizer.decode(tokenizer.encode("a<|eot_id|>"), skip_special_tokens=False) == "<s>a<|eot_id|>"
     assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""
