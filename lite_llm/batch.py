@@ -23,7 +23,7 @@ class Batch:
     kv_len: Tensor  # [B]    int32 cached tokens of each request, this step included
     table: Tensor  # [R, L] int32 resident: slot of position p of the request in row r
     rows: Tensor  # [B]    int32 row of the table that belongs to each request
-    logits_at: Tensor  # [N]    int64 tokens whose logits are wanted
+    logits_at: Tensor | None  # [N] int64 tokens whose logits are wanted; None: all
     decodes: int
 
 

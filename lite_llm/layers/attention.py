@@ -12,6 +12,7 @@ from lite_llm.layers.rope import RopeTable
 
 if TYPE_CHECKING:
     from lite_llm.layers.factory import LayerFactory
+    from lite_llm.layers.linear import Linear
 
 
 class Attention(nn.Module):
@@ -23,18 +24,16 @@ class Attention(nn.Module):
         q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
         self.qkv = make.linear(cfg.hidden, {"q": q, "k": kv, "v": kv}, split="out", bias=cfg.qkv_bias)
         self.out = make.linear(q, cfg.hidden, split="in", bias=cfg.out_bias)
-        self.eps = cfg.norm_eps
         self.q_norm = RMSNorm(make, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(make, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
 
-    def forward(self, x: Tensor, batch: Batch, kv: KVPool, rope: RopeTable) -> Tensor:
+    def add_(self, x: Tensor, norm: RMSNorm, batch: Batch, kv: KVPool, rope: RopeTable, ahead: Linear) -> Tensor:
+        """`x += attention(norm(x))`, in place; x is [T, hidden]. `ahead` is the layer whose weight is read next."""
         k_pool, v_pool = kv.k[self.layer], kv.v[self.layer]
         q_norm, k_norm = (self.q_norm.weight, self.k_norm.weight) if self.q_norm is not None else (None, None)
-        q = ops.rope_store_kv_(
-            k_pool, v_pool, self.qkv(x), batch.positions, batch.slots, rope.cos, rope.sin, q_norm, k_norm, self.eps
-        )
+        q = self.qkv.project_qkv_(k_pool, v_pool, x, norm, batch, rope, q_norm, k_norm, ahead=self.out)
         o = ops.attend(
             q, k_pool, v_pool, batch.table, batch.rows, batch.q_start, batch.kv_len, batch.decodes,
             self.head_dim**-0.5, self.window,
         )  # fmt: skip
-        return self.out(o.flatten(1))
+        return self.out.add_(x, o.flatten(1), ahead)

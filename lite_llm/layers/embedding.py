@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lite_llm import ops
+from lite_llm.layers.norm import RMSNorm
+from lite_llm.quant import Stored
 from lite_llm.weights.rules import fill
 
 if TYPE_CHECKING:
@@ -24,7 +26,11 @@ class Embedding(nn.Module):
 
 
 class Head(Embedding):
-    """Logits: the embedding matrix used the other way round."""
+    """Logits of the normed stream: the embedding matrix used the other way round."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight)
+    @property
+    def stored(self) -> Stored:
+        return {"weight": self.weight}
+
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return ops.linear(x, self.weight, norm=norm.weight, eps=norm.eps)

@@ -12,16 +12,14 @@ if TYPE_CHECKING:
 
 
 class RMSNorm(nn.Module):
+    """Mostly an argument: the linear layer behind a norm computes it on the way in."""
+
     def __init__(self, make: LayerFactory, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = make.empty(width), eps
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
-
-    def add_(self, residual: Tensor, x: Tensor) -> Tensor:
-        """`residual += x`; returns the norm of the sum."""
-        return ops.add_rms_norm_(residual, x, self.weight, self.eps)
 
     def load(self, name: str, tensor: Tensor, part: str = "") -> int:
         return fill(self.weight, tensor)

@@ -3,13 +3,12 @@
 They differ in facts of the checkpoint (biases, QK norm, windows, RoPE scaling), not in the graph.
 """
 
-import torch
 from torch import Tensor, nn
 
 from lite_llm.batch import Batch, KVPool
 from lite_llm.config import HFConfig, ModelConfig
 from lite_llm.errors import UnsupportedModel, shown
-from lite_llm.layers import Attention, Embedding, GatedMLP, Head, LayerFactory, RMSNorm, RopeTable
+from lite_llm.layers import Attention, Embedding, GatedMLP, Head, LayerFactory, Linear, RMSNorm, RopeTable
 from lite_llm.rope import parse_rope
 from lite_llm.weights.rules import Rules
 
@@ -107,10 +106,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(make, cfg.hidden, cfg.norm_eps)
         self.mlp = GatedMLP(make, cfg.hidden, cfg.ffn, cfg.mlp_bias)
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv: KVPool, rope: RopeTable) -> Tensor:
-        """`x` is the previous block's last branch, not yet added to `residual`."""
-        x = self.attn(self.attn_norm.add_(residual, x), batch, kv, rope)
-        return self.mlp(self.mlp_norm.add_(residual, x))
+    def forward(self, x: Tensor, batch: Batch, kv: KVPool, rope: RopeTable, ahead: Linear | Head) -> Tensor:
+        """Both branches are added to the stream x [T, hidden] in place. `ahead` is the layer behind this block."""
+        self.attn.add_(x, self.attn_norm, batch, kv, rope, ahead=self.mlp.gate_up)
+        return self.mlp.add_(x, self.mlp_norm, ahead)
 
 
 class Llama(nn.Module):
@@ -127,8 +126,7 @@ class Llama(nn.Module):
     def forward(self, batch: Batch, kv: KVPool) -> Tensor:
         """Logits [N, vocab] of the tokens at `batch.logits_at`; K and V of all tokens go to their slots."""
         x = self.embed(batch.tokens)
-        residual = torch.zeros_like(x)
-        for block in self.blocks:
-            x = block(x, residual, batch, kv, self.rope)
-        x = self.norm.add_(residual, x)
-        return self.head(x[batch.logits_at])
+        following = [*(block.attn.qkv for block in self.blocks[1:]), self.head]
+        for block, ahead in zip(self.blocks, following, strict=True):
+            x = block(x, batch, kv, self.rope, ahead)
+        return self.head(x if batch.logits_at is None else x[batch.logits_at], self.norm)

@@ -5,6 +5,8 @@ from lite_llm.ops.dispatch import op, use
 
 embed = op(reference.embed)
 linear = op(reference.linear)
+linear_add_ = op(reference.linear_add_)
+project_qkv_ = op(reference.project_qkv_)
 rms_norm = op(reference.rms_norm)
 add_rms_norm_ = op(reference.add_rms_norm_)
 silu_mul = op(reference.silu_mul)
@@ -17,6 +19,6 @@ penalize_ = op(reference.penalize_)
 sample = op(reference.sample)
 
 __all__ = [
-    "add_rms_norm_", "attend", "embed", "linear", "penalize_", "rms_norm", "rope_", "rope_store_kv_",
-    "sample", "silu_mul", "softmax", "store_kv_", "use",
+    "add_rms_norm_", "attend", "embed", "linear", "linear_add_", "penalize_", "project_qkv_", "rms_norm", "rope_",
+    "rope_store_kv_", "sample", "silu_mul", "softmax", "store_kv_", "use",
 ]  # fmt: skip

@@ -1,10 +1,10 @@
 """Weight formats, by the `quant_method` of a checkpoint's `quantization_config`."""
 
 from lite_llm.errors import UnsupportedModel
-from lite_llm.quant.base import Spec, WeightFormat
+from lite_llm.quant.base import Spec, Stored, WeightFormat
 from lite_llm.quant.dense import Dense
 
-__all__ = ["Dense", "Spec", "WeightFormat", "format_of"]
+__all__ = ["Dense", "Spec", "Stored", "WeightFormat", "format_of"]
 
 
 def format_of(quantization_config: dict | None) -> WeightFormat:

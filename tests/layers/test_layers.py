@@ -30,20 +30,14 @@ def test_rms_norm():
     torch.testing.assert_close(norm(x), want)
 
 
-def test_rms_norm_adds_to_the_residual_in_place():
-    norm, x, residual = filled(RMSNorm(MAKE, 24, 1e-2)), torch.randn(5, 24), torch.randn(5, 24)
-    total = residual + x
-    torch.testing.assert_close(norm.add_(residual, x), norm(total))
-    assert torch.equal(residual, total)
-
-
 def test_embedding_and_head_are_each_others_transpose():
     embed, head = Embedding(MAKE, 32, 24), Head(MAKE, 32, 24)
     weight = torch.randn(32, 24)
     assert embed.load("weight", weight) == head.load("weight", weight) == 32 * 24
     tokens = torch.tensor([0, 31, 7])
     assert torch.equal(embed(tokens), weight[tokens])
-    torch.testing.assert_close(head(embed(tokens)), weight[tokens] @ weight.T)
+    norm = filled(RMSNorm(MAKE, 24, 1e-2))
+    torch.testing.assert_close(head(embed(tokens), norm), norm(weight[tokens]) @ weight.T)
 
 
 @pytest.mark.parametrize("layer", [RMSNorm(MAKE, 24, 1e-2), Embedding(MAKE, 32, 24)], ids=lambda x: type(x).__name__)
@@ -54,10 +48,10 @@ def test_a_weight_of_another_shape_is_refused(layer):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_gated_mlp(bias):
-    mlp, x = filled(GatedMLP(MAKE, 24, 40, bias)), torch.randn(5, 24)
-    gate, up = (x @ mlp.gate_up.weight.T + (mlp.gate_up.bias if bias else 0)).split(40, dim=1)
+    mlp, norm, x = filled(GatedMLP(MAKE, 24, 40, bias)), filled(RMSNorm(MAKE, 24, 1e-2)), torch.randn(5, 24)
+    gate, up = (norm(x) @ mlp.gate_up.weight.T + (mlp.gate_up.bias if bias else 0)).split(40, dim=1)
     want = (torch.nn.functional.silu(gate) * up) @ mlp.down.weight.T + (mlp.down.bias if bias else 0)
-    torch.testing.assert_close(mlp(x), want, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(mlp.add_(x.clone(), norm, ahead=mlp.down), x + want, atol=1e-3, rtol=1e-5)
 
 
 def test_rope_tables_stay_fp32_and_out_of_the_checkpoint():
@@ -84,10 +78,10 @@ def test_attention(layer, qk_norm):
     cfg = dataclasses.replace(CFG, qk_norm=qk_norm, qkv_bias=True, out_bias=True)
     attention, rope = filled(Attention(MAKE, cfg, layer)), RopeTable(MAKE, cfg.rope, cfg.max_len)
     batch, kv = attention_inputs(length := 7)
-    x = torch.randn(length, cfg.hidden) / 4
-    got = attention(x, batch, kv, rope)
+    norm, x = filled(RMSNorm(MAKE, cfg.hidden, 1e-2)), torch.randn(length, cfg.hidden)
+    got = attention.add_(x.clone(), norm, batch, kv, rope, ahead=attention.out) - x
 
-    qkv = (x @ attention.qkv.weight.T + attention.qkv.bias).view(length, -1, 8)
+    qkv = (norm(x) @ attention.qkv.weight.T + attention.qkv.bias).view(length, -1, 8)
     q, k, v = qkv.split([6, 2, 2], dim=1)
     if qk_norm:
         q, k = attention.q_norm(q), attention.k_norm(k)
@@ -106,7 +100,8 @@ def test_attention(layer, qk_norm):
 def test_attention_writes_to_its_own_layer_only():
     attention, rope = filled(Attention(MAKE, CFG, 1)), RopeTable(MAKE, CFG.rope, CFG.max_len)
     batch, kv = attention_inputs(4)
-    attention(torch.randn(4, CFG.hidden), batch, kv, rope)
+    norm = filled(RMSNorm(MAKE, CFG.hidden, 1e-2))
+    attention.add_(torch.randn(4, CFG.hidden), norm, batch, kv, rope, ahead=attention.out)
     assert kv.k[0].isnan().all() and kv.v[0].isnan().all()
     assert kv.k[1, 0].isnan().all() and kv.k[1, 1:].isfinite().all()  # slot 0 is the pad slot
 

@@ -57,8 +57,8 @@ def test_ranks_that_split_the_inputs_add_up_to_one_layer(fmt, bias, size):
     stored, x = checkpoint({"": 40}, bias), torch.randn(3, WIDTH)
     whole = x @ stored[""]["weight"].T + stored[""].get("bias", torch.zeros(()))
     cut = x.split(WIDTH // size, dim=1)
-    total = sum(build({"": 40}, stored, "in", r, size, fmt)(cut[r]) for r in range(size))
-    torch.testing.assert_close(total, whole)
+    total = sum(build({"": 40}, stored, "in", r, size, fmt).add_(torch.ones(3, 40), cut[r]) for r in range(size))
+    torch.testing.assert_close(total, whole + size)
 
 
 @pytest.mark.parametrize("split, size", [("out", 1), ("out", 2), ("in", 1), ("in", 2)])

@@ -1,18 +1,20 @@
 """Classic bugs, planted one at a time: the parity check must see each of them, or it proves nothing."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 
 from lite_llm import ops
-from lite_llm.layers import Attention, Head, Linear, RMSNorm
+from lite_llm.layers import Attention, Head, Linear
 from lite_llm.models import llama
 from lite_llm.ops import reference
 from tests.models.test_parity import FAMILIES, LLAMA, MISTRAL, QWEN2, QWEN3, YARN, one_thread, parity_error, with_rope
 
 __all__ = ["one_thread"]  # a fixture that holds for this file too
 
+linear = sys.modules["lite_llm.ops.reference.linear"]  # the package has a function of this name
 WINDOW = FAMILIES["mistral-window"]
 SQUARE = FAMILIES["llama-one-kv-head-each"]  # Q, K and V have one shape, so that nothing else notices a swap
 BIASES = LLAMA | dict(attention_bias=True, mlp_bias=True)
@@ -65,17 +67,17 @@ def no_yarn_magnitude(patch):
 def late_positions(patch):
     """The rotation forgets what is cached and starts each chunk at 0."""
 
-    def rope(f, k, v, qkv, positions, *rest):
-        return f(k, v, qkv, torch.arange(len(positions)), *rest)
+    def project(f, k, v, x, weight, bias, norm, eps, positions, *rest):
+        return f(k, v, x, weight, bias, norm, eps, torch.arange(len(positions)), *rest)
 
-    wrap(patch, ops, "rope_store_kv_", rope)
+    wrap(patch, ops, "project_qkv_", project)
 
 
 def slots_of_the_neighbour(patch):
-    def rope(f, k, v, qkv, positions, slots, *rest):
-        return f(k, v, qkv, positions, slots.roll(1), *rest)
+    def project(f, k, v, x, weight, bias, norm, eps, positions, slots, *rest):
+        return f(k, v, x, weight, bias, norm, eps, positions, slots.roll(1), *rest)
 
-    wrap(patch, ops, "rope_store_kv_", rope)
+    wrap(patch, ops, "project_qkv_", project)
 
 
 def one_stale_slot(patch):
@@ -95,10 +97,10 @@ def row_of_the_neighbour(patch):
 
 
 def layer_of_the_neighbour(patch):
-    def forward(f, self, x, batch, kv, rope):
-        return f(self, x, batch, dataclasses.replace(kv, k=kv.k.flip(0)), rope)
+    def add_(f, self, x, norm, batch, kv, *rest, **named):
+        return f(self, x, norm, batch, dataclasses.replace(kv, k=kv.k.flip(0)), *rest, **named)
 
-    wrap(patch, Attention, "forward", forward)
+    wrap(patch, Attention, "add_", add_)
 
 
 def heads_read_kv_in_turn(patch):
@@ -125,27 +127,29 @@ def changed_attend(**change):
 
 
 def norms_skipped(patch):
-    patch.setattr(RMSNorm, "add_", lambda self, residual, x: residual.add_(x).clone())
+    wrap(patch, linear, "rms_norm", lambda f, x, *rest: x)
 
 
 def qk_norm_skipped(patch):
-    wrap(patch, ops, "rope_store_kv_", lambda f, *args: f(*args[:7]))
+    wrap(patch, ops, "project_qkv_", lambda f, *args: f(*args[:11]))
 
 
 def k_norm_for_q(patch):
-    wrap(patch, ops, "rope_store_kv_", lambda f, *args: f(*args[:7], args[8], args[8], args[9]))
+    wrap(patch, ops, "project_qkv_", lambda f, *args: f(*args[:11], args[12], args[12]))
 
 
 def small_eps(patch):
-    patch.setattr(RMSNorm, "add_", lambda self, residual, x: ops.add_rms_norm_(residual, x, self.weight, 1e-6))
+    wrap(patch, linear, "rms_norm", lambda f, x, weight, eps: f(x, weight, 1e-6))
 
 
 def residual_forgotten(patch):
-    wrap(patch, RMSNorm, "add_", lambda f, self, residual, x: f(self, residual.zero_(), x))
+    wrap(patch, ops, "linear_add_", lambda f, residual, *rest: f(residual.zero_(), *rest))
 
 
 def biases_dropped(patch):
-    wrap(patch, ops, "linear", lambda f, x, weight, bias=None: f(x, weight))
+    wrap(patch, ops, "linear", lambda f, x, weight, bias=None, *rest, **kw: f(x, weight, None, *rest, **kw))
+    wrap(patch, ops, "linear_add_", lambda f, residual, x, weight, bias, *rest: f(residual, x, weight, None, *rest))
+    wrap(patch, ops, "project_qkv_", lambda f, k, v, x, weight, bias, *rest: f(k, v, x, weight, None, *rest))
 
 
 def gelu_for_silu(patch):
@@ -153,11 +157,11 @@ def gelu_for_silu(patch):
         gate, up = x.chunk(2, dim=-1)
         return torch.nn.functional.gelu(gate) * up
 
-    wrap(patch, ops, "silu_mul", gelu_mul)
+    wrap(patch, linear, "silu_mul", gelu_mul)
 
 
 def untied_head(patch):
-    wrap(patch, Head, "forward", lambda f, self, x: f(self, x.flip(-1)))
+    wrap(patch, Head, "forward", lambda f, self, x, norm: f(self, x.flip(-1), norm))
 
 
 BUGS = {

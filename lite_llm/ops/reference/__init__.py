@@ -3,13 +3,13 @@
 from lite_llm.ops.reference.activation import silu_mul
 from lite_llm.ops.reference.attention import attend, store_kv_
 from lite_llm.ops.reference.embedding import embed
-from lite_llm.ops.reference.linear import linear
+from lite_llm.ops.reference.linear import linear, linear_add_, project_qkv_
 from lite_llm.ops.reference.norm import add_rms_norm_, rms_norm
 from lite_llm.ops.reference.rope import rope_, rope_store_kv_
 from lite_llm.ops.reference.sampling import penalize_, sample
 from lite_llm.ops.reference.softmax import softmax
 
 __all__ = [
-    "add_rms_norm_", "attend", "embed", "linear", "penalize_", "rms_norm", "rope_", "rope_store_kv_",
-    "sample", "silu_mul", "softmax", "store_kv_",
+    "add_rms_norm_", "attend", "embed", "linear", "linear_add_", "penalize_", "project_qkv_", "rms_norm", "rope_",
+    "rope_store_kv_", "sample", "silu_mul", "softmax", "store_kv_",
 ]  # fmt: skip

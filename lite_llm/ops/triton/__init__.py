@@ -4,13 +4,13 @@ from lite_llm.ops.triton.activation import silu_mul
 from lite_llm.ops.triton.attention import attend
 from lite_llm.ops.triton.embedding import embed
 from lite_llm.ops.triton.kv import store_kv_
-from lite_llm.ops.triton.linear import linear
+from lite_llm.ops.triton.linear import linear, linear_add_, project_qkv_
 from lite_llm.ops.triton.norm import add_rms_norm_, rms_norm
 from lite_llm.ops.triton.rope import rope_, rope_store_kv_
 from lite_llm.ops.triton.sampling import penalize_, sample
 from lite_llm.ops.triton.softmax import softmax
 
 __all__ = [
-    "add_rms_norm_", "attend", "embed", "linear", "penalize_", "rms_norm", "rope_", "rope_store_kv_",
-    "sample", "silu_mul", "softmax", "store_kv_",
+    "add_rms_norm_", "attend", "embed", "linear", "linear_add_", "penalize_", "project_qkv_", "rms_norm", "rope_",
+    "rope_store_kv_", "sample", "silu_mul", "softmax", "store_kv_",
 ]  # fmt: skip
