@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Linear(nn.Module):
-    """Its callers may name the layer whose weight is read next, `ahead`, so that a kernel can fetch some of it early."""
+    """Callers may name the layer whose weight is read next, `ahead`, so that a kernel can fetch some of it early."""
 
     def __init__(
         self,
