@@ -10,20 +10,21 @@ PAD_SLOT = 0
 
 @dataclass(frozen=True)
 class Batch:
-    """T tokens of B requests, laid end to end; request b advances by q_start[b + 1] - q_start[b] >= 1.
+    """T tokens of B requests, laid end to end; request b advances by q_start[b + 1] - q_start[b] tokens.
 
     One token when decoding, a chunk of the prompt, k + 1 when verifying k drafted tokens: there is no phase.
-    The first `decodes` requests advance by exactly one token, so that attention may use its kernel for that.
+    The first `decodes` requests advance by exactly one token, so that attention may use its kernel for that. Pads are
+    requests of kv_len 0, and tokens that belong to no request.
     """
 
-    tokens: Tensor  # [T]    int64 token ids
-    positions: Tensor  # [T]    int64 position of each token within its request
-    slots: Tensor  # [T]    int64 KV slot each token is written to
-    q_start: Tensor  # [B+1]  int32 first token of each request; q_start[B] == T
+    tokens: Tensor  # [T]    int32 token ids
+    positions: Tensor  # [T]    int32 position of each token within its request
+    slots: Tensor  # [T]    int32 KV slot each token is written to
+    q_start: Tensor  # [B+1]  int32 first token of each request
     kv_len: Tensor  # [B]    int32 cached tokens of each request, this step included
     table: Tensor  # [R, L] int32 resident: slot of position p of the request in row r
     rows: Tensor  # [B]    int32 row of the table that belongs to each request
-    logits_at: Tensor | None  # [N] int64 tokens whose logits are wanted; None: all
+    logits_at: Tensor | None  # [N] int32 tokens whose logits are wanted; None: all
     decodes: int
 
 

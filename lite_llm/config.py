@@ -42,6 +42,7 @@ class EngineConfig:
     max_requests: int = 64  # requests that advance together
     step_tokens: int = 2048  # token budget of one step
     prefix_cache: bool = True  # keep the KV of finished requests for prompts that begin alike
+    cuda_graphs: bool = True  # on a GPU: record each shape of step once, and replay it
     memory_fraction: float = 0.9  # share of the device's free memory that weights, workspace and pool may take
     threads: int | None = None  # of the CPU, for the whole process; None: one for small models, else torch's choice
     ignore_config: tuple[str, ...] = ()  # config.json keys that the user declares harmless
@@ -55,8 +56,9 @@ class EngineConfig:
             raise UsageError(f"memory_fraction = {self.memory_fraction!r}; expected more than 0 and at most 1")
         if not isinstance(self.ignore_config, (tuple, list)) or not all(type(k) is str for k in self.ignore_config):
             raise UsageError(f"ignore_config = {self.ignore_config!r}; expected a tuple of config.json keys")
-        if type(self.prefix_cache) is not bool:
-            raise UsageError(f"prefix_cache = {self.prefix_cache!r}; expected True or False")
+        for name in ("prefix_cache", "cuda_graphs"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"{name} = {getattr(self, name)!r}; expected True or False")
         if self.step_tokens < self.max_requests:
             raise UsageError(
                 f"step_tokens = {self.step_tokens} is less than max_requests = {self.max_requests}",

@@ -20,6 +20,9 @@ from lite_llm.ops.reference.attention import HEAD_DIMS, MAX_GROUP
 _SMALL = 128 << 20
 """Bytes of weights up to which one CPU thread is fastest: threads that wait for a busy core cost 80 times the work."""
 
+_AHEAD = 2
+"""Steps that a GPU may have before it when another is launched: so much may the CPU be late."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -112,6 +115,8 @@ class Blueprint:
             step_tokens=self.config.step_tokens,
             prefix_cache=self.config.prefix_cache,
             usable_vocab=usable_vocab,
+            ahead=_AHEAD if self.device.type == "cuda" else 0,
+            graphs=self.device.type == "cuda" and self.config.cuda_graphs,
         )
 
     def _pool(self) -> KVPool:

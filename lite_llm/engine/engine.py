@@ -1,19 +1,40 @@
-"""The loop: plan, build a batch, run the model, sample, commit. Token ids in, token ids out."""
+"""The loop: plan, send, run, land. Token ids in, token ids out.
 
-import itertools
+The GPU never waits for the CPU: a step is launched before the tokens of the one before it are read. They are read when
+they land, up to `ahead` steps later; what a request said beyond its end is then dropped.
+"""
 
-import numpy as np
+import contextlib
+from collections import deque
+from dataclasses import dataclass
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lite_llm.batch import Batch, KVPool
+from lite_llm.batch import KVPool
 from lite_llm.config import ModelConfig
+from lite_llm.engine import runner
 from lite_llm.engine.prefix import NoPrefix, PrefixCache
-from lite_llm.engine.request import Request
-from lite_llm.engine.sampler import Sampler
+from lite_llm.engine.request import Request, TokenLogprobs
+from lite_llm.engine.runner import Runner, Say, Shape
 from lite_llm.engine.scheduler import Plan, Scheduler
 from lite_llm.engine.slots import SlotPool
+from lite_llm.engine.state import MAX_STOPS, DeviceState
 from lite_llm.errors import UsageError
+
+
+@dataclass
+class Flight:
+    """A step on its way: whose tokens it brings, and where they will be."""
+
+    places: list[tuple[Request, int]]  # requests that get a token, and their place in the batch
+    line: int  # of the ring
+    logprobs: Tensor | None  # [len(places), 1 + 2 * most]: of the token, of the best ones, and their ids
+    landed: torch.cuda.Event | None  # None: it ran when it was launched
+
+    @property
+    def is_here(self) -> bool:
+        return self.landed is not None and self.landed.query()
 
 
 class Engine:
@@ -29,18 +50,41 @@ class Engine:
         step_tokens: int,
         prefix_cache: bool = True,
         usable_vocab: int | None = None,
+        ahead: int = 0,
+        graphs: bool = False,
     ):
-        """`cfg.max_len` is the context: no request grows longer. `usable_vocab`: ids from there on are padding."""
-        self.model, self.cfg, self.kv = model, cfg, kv
-        self.device = kv.k.device
+        """`cfg.max_len` is the context: no request grows longer. `usable_vocab`: ids from there on are padding.
+
+        `ahead`: steps that may be under way when another is launched. `graphs`: pad steps to the shapes of
+        `runner.shapes`, which `warm` then records.
+        """
+        self.model, self.cfg, self.kv, self.ahead = model, cfg, kv, ahead
+        device = kv.k.device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream:
+            torch.cuda.synchronize(device)
         prefix = PrefixCache() if prefix_cache else NoPrefix()
-        self.scheduler = Scheduler(SlotPool(kv.k.shape[1]), max_requests, step_tokens, prefix)
-        self.table = torch.zeros(max_requests, cfg.max_len, dtype=torch.int32, device=self.device)
-        self.sampler = Sampler(max_requests, cfg.vocab, usable_vocab or cfg.vocab, self.device)
+        fixed = runner.shapes(max_requests, step_tokens) if graphs else []
+        prompts = max(shape.prompts for shape in fixed) if graphs else max_requests
+        self.scheduler = Scheduler(SlotPool(kv.k.shape[1]), max_requests, step_tokens, prefix, prompts)
+        self.state = DeviceState(max_requests, cfg.max_len, cfg.vocab, ahead + 2, device)
+        most = Shape(max_requests, prompts, step_tokens)
+        with self._on_stream():
+            self.runner = Runner(model, kv, self.state, usable_vocab or cfg.vocab, fixed, most)
+        self.flights: deque[Flight] = deque()
+        self.launched = 0
 
     @property
     def idle(self) -> bool:
-        return not self.scheduler.waiting and not self.scheduler.running
+        return not self.scheduler.waiting and not self.scheduler.running and not self.flights
+
+    @torch.inference_mode()
+    def warm(self, say: Say) -> None:
+        """Compile every kernel and record every graph, so that no later step does."""
+        if self.stream:
+            with self._on_stream():
+                self.runner.capture(say)
+                self.state.step.fill_(self.launched)
 
     def add(self, request: Request) -> None:
         """Queue a request. UsageError for token ids that the model does not have; ContextExceeded if it cannot fit."""
@@ -51,6 +95,8 @@ class Engine:
                     raise UsageError(f"{name} has token id {token!r}; expected 0 to {self.cfg.vocab - 1}")
         if not request.ids:
             raise UsageError("the prompt is empty; expected at least one token")
+        if len(request.stop_ids) > MAX_STOPS:
+            raise UsageError(f"{len(request.stop_ids)} stop tokens; expected at most {MAX_STOPS}")
         request.max_len = min(request.max_len, self.cfg.max_len)
         self.scheduler.add(request)
 
@@ -60,62 +106,78 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Advance every planned request once. Returns those that got a token or ended."""
+        """Launch the next step, if anybody can advance, and land those that are due.
+
+        Returns the requests that got a token or ended.
+        """
         plan = self.scheduler.plan()
-        if not plan:
-            return []
-        sampling = [request for request, n in plan if n == request.pending]
-        try:
-            logits = self.model(self._batch(plan), self.kv)
-            tokens = self.sampler(logits, sampling)
-        except BaseException:
-            self.scheduler.fail(plan, "error")
-            raise
-        self.scheduler.commit(plan, tokens)
-        return sampling
+        if plan:
+            try:
+                with self._on_stream():
+                    self.flights.append(self._launch(plan))
+            except BaseException:
+                self.scheduler.fail(plan, "error")
+                self.state.step.fill_(self.launched)
+                raise
+        news, due = [], self.ahead if plan else max(len(self.flights) - 1, 0)
+        while self.flights and (len(self.flights) > due or self.flights[0].is_here):
+            news += self._land(self.flights.popleft())
+        return news
 
-    def _batch(self, plan: Plan) -> Batch:
-        self._write_table(plan)
-        counts = np.array([n for _, n in plan])
-        q_start = np.concatenate([[0], counts.cumsum()])
-        pieces = {
-            "tokens": list(itertools.chain.from_iterable(r.ids[r.cached : r.cached + n] for r, n in plan)),
-            "slots": list(itertools.chain.from_iterable(r.slots[r.cached : r.cached + n] for r, n in plan)),
-            "positions": np.concatenate([np.arange(r.cached, r.cached + n) for r, n in plan]),
-            "q_start": q_start,
-            "kv_len": [r.cached + n for r, n in plan],
-            "rows": [r.row for r, _ in plan],
-            "logits_at": [q_start[i + 1] - 1 for i, (r, n) in enumerate(plan) if n == r.pending],
-        }
-        t = self._to_device(pieces)
-        return Batch(
-            tokens=t["tokens"],
-            positions=t["positions"],
-            slots=t["slots"],
-            q_start=t["q_start"].int(),
-            kv_len=t["kv_len"].int(),
-            table=self.table,
-            rows=t["rows"].int(),
-            logits_at=t["logits_at"],
-            decodes=int((counts == 1).sum()),
-        )
+    def _on_stream(self) -> contextlib.AbstractContextManager:
+        return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
 
-    def _write_table(self, plan: Plan) -> None:
-        """Tell the device the slots that it does not know yet, and the sampler the requests."""
-        rows, positions, slots = [], [], []
-        for request, _ in plan:
-            if request.written == 0:
-                self.sampler.join(request)
-            end = len(request.slots)
-            rows += [request.row] * (end - request.written)
-            positions += range(request.written, end)
-            slots += request.slots[request.written : end]
-            request.written = end
-        t = self._to_device({"rows": rows, "positions": positions, "slots": slots})
-        self.table[t["rows"], t["positions"]] = t["slots"].int()
+    def _launch(self, plan: Plan) -> Flight:
+        requests = [request for request, _ in plan]
+        self.state.join([request for request in requests if request.written == 0])
+        self.state.extend(requests)
+        rows = [request.row for request, _ in plan if request.decoding]
+        prompts = [
+            (r.row, r.cached, r.ids[r.cached : r.cached + n], r.slots[r.cached : r.cached + n], n == r.pending)
+            for r, n in plan[len(rows) :]
+        ]
+        shape = self.runner.fit(len(rows), len(prompts), sum(n for _, n in plan) - len(rows))
+        adjusted = any(request.adjusted for request in requests)
+        self.runner.send(shape, rows, prompts)
+        self.runner.run(shape, adjusted)
+        # Decodes come first in plan and batch; the prompts stand behind the pads of the decodes.
+        places = [i if i < len(rows) else i - len(rows) + shape.decodes for i in range(len(plan))]
+        sampled = [(r, place) for (r, n), place in zip(plan, places, strict=True) if n == r.pending]
+        logprobs = self._logprobs(sampled) if any(r.params.logprobs is not None for r, _ in sampled) else None
+        landed = torch.cuda.Event() if self.stream else None
+        if landed:
+            landed.record()
+        self.launched += 1
+        self.scheduler.launched(plan)
+        return Flight(sampled, self.launched % len(self.state.ring), logprobs, landed)
 
-    def _to_device(self, pieces: dict[str, list[int] | np.ndarray]) -> dict[str, torch.Tensor]:
-        """int64 vectors, in one transfer."""
-        arrays = [np.asarray(piece, dtype=np.int64) for piece in pieces.values()]
-        flat = torch.from_numpy(np.concatenate(arrays)).to(self.device)
-        return dict(zip(pieces, flat.split([len(a) for a in arrays]), strict=True))
+    def _land(self, flight: Flight) -> list[Request]:
+        """Read a step's tokens and commit them."""
+        if flight.landed:
+            flight.landed.synchronize()
+        line = self.state.ring[flight.line].tolist()
+        requests, tokens = [request for request, _ in flight.places], [line[place] for _, place in flight.places]
+        running = [request.finish_reason is None for request in requests]
+        if flight.logprobs is not None:
+            for request, token, numbers in zip(requests, tokens, flight.logprobs, strict=True):
+                if request.finish_reason is None and request.params.logprobs is not None and token >= 0:
+                    request.logprobs.append(_logprobs(token, numbers, request.params.logprobs))
+        self.scheduler.commit(requests, tokens)
+        return [request for request, was in zip(requests, running, strict=True) if was]
+
+    def _logprobs(self, sampled: list[tuple[Request, int]]) -> Tensor:
+        """Numbers for `_logprobs`, on their way to the CPU: fp32, the ids as bits of int32."""
+        most = min(max(r.params.logprobs or 0 for r, _ in sampled), self.cfg.vocab)
+        rows, places = torch.tensor([[r.row for r, _ in sampled], [place for _, place in sampled]]).to(self.kv.k.device)
+        logprobs = self.runner.raw[places].float().log_softmax(-1)
+        own = logprobs.gather(1, self.state.last[rows].clamp(min=0).long()[:, None])
+        values, ids = logprobs.topk(most)
+        numbers = torch.cat([own, values, ids.int().view(torch.float32)], 1)
+        there = torch.empty(numbers.shape, dtype=torch.float32, pin_memory=self.stream is not None)
+        return there.copy_(numbers, non_blocking=True)
+
+
+def _logprobs(token: int, numbers: Tensor, k: int) -> TokenLogprobs:
+    most = len(numbers) // 2
+    values, ids = numbers[1 : 1 + most], numbers[1 + most :].view(torch.int32)
+    return TokenLogprobs(token, numbers[0].item(), tuple(zip(ids[:k].tolist(), values[:k].tolist(), strict=True)))

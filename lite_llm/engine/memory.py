@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from lite_llm.config import EngineConfig, ModelConfig
+from lite_llm.engine.runner import shapes
 from lite_llm.errors import DoesNotFit, UsageError
 
 GIB = 1 << 30
 _RESERVE = {"cuda": 400 << 20, "cpu": 64 << 20}  # library workspaces, modules, fragmentation
 _LEAST_TOKENS = 16
+_NODES, _NODE = 9, 8 << 10
+"""Kernels of a layer in a CUDA graph, at most, and the driver's memory for each, as measured on an H200."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,17 @@ def plan_memory(
         raise UsageError(f"context = {wanted}; this model is made for at most {cfg.max_len} tokens", "lower context")
 
     def workspace(context: int) -> int:
-        """Activations of a full step, logits in fp32 with the sampler's copies, and the tables."""
+        """Activations of a full step, logits in fp32 with the sampler's copies, the tables, and the CUDA graphs."""
         wide = 5 * cfg.hidden + 2 * (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim + 3 * cfg.ffn
-        logits = config.max_requests * cfg.vocab * (item + 4 * 5)
-        tables = config.max_requests * (4 * context + 4 * cfg.vocab) + 4 * context * cfg.rope.rotary
-        return config.step_tokens * wide * item + logits + tables + _RESERVE[device.type]
+        rows = config.max_requests + 1
+        logits = 2 * rows * cfg.vocab * (2 * item + 4 * 2)  # a step may hold as many prompts as decodes
+        tables = rows * (4 * context + 8 * cfg.vocab) + 4 * context * cfg.rope.rotary
+        tokens = config.step_tokens + config.max_requests
+        graphs = 0
+        if device.type == "cuda" and config.cuda_graphs:
+            nodes = sum(2 * (_NODES * cfg.num_layers + 16) for _ in shapes(config.max_requests, config.step_tokens))
+            graphs = nodes * _NODE
+        return tokens * wide * item + logits + tables + graphs + _RESERVE[device.type]
 
     if config.kv_tokens and config.context and config.context > config.kv_tokens:
         raise DoesNotFit(f"context = {config.context} is more than the pool will hold: kv_tokens = {config.kv_tokens}")

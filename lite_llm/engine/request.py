@@ -115,12 +115,14 @@ class Request:
     stop_ids: frozenset[int] = frozenset()  # tokens that end the answer; part of ids, never of the text
     max_len: int = 1 << 62  # prompt and answer together
     prompt_len: int = -1
-    cached: int = 0  # tokens whose K and V are in the pool
-    slots: list[int] = field(default_factory=list)  # where they are, in order; len(slots) == cached between steps
+    cached: int = 0  # tokens whose K and V are in the pool, or will be by the steps under way
+    flying: int = 0  # tokens that the steps under way will bring
+    slots: list[int] = field(default_factory=list)  # where the cached tokens are, in order, and the next ones will be
     shared: int = 0  # of these, the first ones that belong to the prefix cache
     node: object = None  # locked place in the prefix cache, while running
     row: int | None = None  # row of the slot table, while running
     written: int = 0  # slots that the device's table knows
+    held: int = -1  # position of the token that the device holds, ready to be computed; -1: none
     finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     logprobs: list["TokenLogprobs"] = field(default_factory=list)
     prefix_hit: int = 0  # prompt tokens whose K and V were already there, at first admission
@@ -144,7 +146,24 @@ class Request:
     @property
     def pending(self) -> int:
         """Tokens not yet computed: the rest of the prompt, or the one just sampled."""
-        return len(self.ids) - self.cached
+        return len(self.ids) + self.flying - self.cached
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its next step needs nothing from the CPU."""
+        return self.held == self.cached
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether the tokens under way are its last, whatever they are."""
+        return len(self.ids) + self.flying >= self.max_len
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether its next token takes more than the model's logits as they are."""
+        p = self.params
+        few = self.output_len + self.flying < p.min_tokens
+        return p.penalized or few or bool(p.logit_bias) or p.logprobs is not None
 
     def append(self, token: int) -> None:
         """Add a sampled token and end the request if that was its last. -1 is a row without a usable logit."""

@@ -11,7 +11,10 @@ from lite_llm.engine.slots import SlotPool
 from lite_llm.errors import ContextExceeded
 
 Plan = list[tuple[Request, int]]
-"""Requests and by how many tokens each advances; those that advance by one come first."""
+"""Requests and by how many tokens each advances; those whose token the device holds come first."""
+
+RUN = 16
+"""Slots that a decoding request gets at a time, while there are plenty: the device hears of them once."""
 
 
 class Scheduler:
@@ -22,8 +25,12 @@ class Scheduler:
     gives its slots up and is computed again later.
     """
 
-    def __init__(self, slots: SlotPool, max_requests: int, step_tokens: int, prefix: PrefixCache | NoPrefix):
+    def __init__(
+        self, slots: SlotPool, max_requests: int, step_tokens: int, prefix: PrefixCache | NoPrefix, prompts: int
+    ):
+        """`prompts`: most requests in a step that advance by tokens which the device does not hold."""
         assert step_tokens >= max_requests, "every running request must fit in a step"
+        self.prompts = prompts
         self.slots, self.prefix, self.step_tokens = slots, prefix, step_tokens
         self.max_requests = max_requests
         self.free_rows = list(range(max_requests))[::-1]
@@ -47,39 +54,46 @@ class Scheduler:
 
     def plan(self) -> Plan:
         plan: Plan = []
-        spare = self.step_tokens - len(self.running)
+        spare, prompts = self.step_tokens - len(self.running), self.prompts
         for request in list(self.running):
-            if request.row is None:
-                continue  # preempted for an older one this step
+            if request.row is None or request.satisfied or not (request.decoding or prompts):
+                continue  # preempted for an older one this step, or done but for its last token, or not now
             n = self._grow(request, 1 + spare)
             if n:
                 plan.append((request, n))
                 spare -= n - 1
-        while self.waiting and self.free_rows and spare > 0 and self._admit(self.waiting[0]):
+                prompts -= not request.decoding
+        while self.waiting and self.free_rows and spare > 0 and prompts and self._admit(self.waiting[0]):
             request = self.waiting.popleft()
             n = self._grow(request, spare)
             plan.append((request, n))
             spare -= n
-        return sorted(plan, key=lambda entry: entry[1] > 1)
+            prompts -= not request.decoding
+        return sorted(plan, key=lambda entry: not entry[0].decoding)
 
-    def commit(self, plan: Plan, sampled: list[int]) -> None:
-        """Record the step: `sampled` has one token for each planned request that has computed all its tokens."""
-        caught_up = [request for request, n in plan if n == request.pending]
+    def launched(self, plan: Plan) -> None:
+        """The step is on its way. It will bring a token to each request that has then computed all its tokens."""
         for request, n in plan:
+            caught_up = n == request.pending
             request.cached += n
-        for request, token in zip(caught_up, sampled, strict=True):
-            request.append(token)
-            if request.finish_reason:
-                self._leave(request)
+            if caught_up:
+                request.flying += 1
+                request.held = request.cached
+
+    def commit(self, requests: list[Request], tokens: list[int]) -> None:
+        """A step has come back, with a token for each of these requests; those that have ended take no more."""
+        for request, token in zip(requests, tokens, strict=True):
+            request.flying -= 1
+            if request.finish_reason is None:
+                request.append(token)
+                if request.finish_reason:
+                    self._remove(request)
 
     def cancel(self, request: Request, reason: str) -> None:
         """End a request wherever it is, queued or not; nothing happens if it has ended."""
         if request.finish_reason is None:
             request.end(reason)
-            if request.row is not None:
-                self._leave(request)
-            elif request in self.waiting:
-                self.waiting.remove(request)
+            self._remove(request)
 
     def fail(self, plan: Plan, reason: str) -> None:
         """A step that was planned did not happen: its requests end, and what it would have computed is given back."""
@@ -104,6 +118,8 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Start the first waiting request if all it must compute fits, with one token for each running one."""
+        if request.flying:
+            return False  # preempted a moment ago: its last token is still on its way
         slots, node = self.prefix.match(request.ids[:-1])  # at least one token is left to compute
         need = len(request.ids) - len(slots) + len(self.running)
         if need > self.slots.free_count + self.prefix.evictable and self.running:
@@ -113,20 +129,26 @@ class Scheduler:
         if not request.preemptions:
             request.prefix_hit = len(slots)
         request.row, request.written = self.free_rows.pop(), 0
+        request.held = request.cached if request.pending == 1 else -1
         self.running.append(request)
         return True
 
     def _grow(self, request: Request, limit: int) -> int:
         """Give a request slots for its next tokens, at most `limit`; returns how many, 0 if it had to give way."""
-        while not self.slots.free_count and not self.prefix.evictable:
+        have = len(request.slots) - request.cached
+        while not have and not self.slots.free_count and not self.prefix.evictable:
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is request:
                 return 0
-        n = min(request.pending, limit, self.slots.free_count + self.prefix.evictable)
-        if n > self.slots.free_count:
-            self.slots.free(self.prefix.evict(n - self.slots.free_count))
-        request.slots += self.slots.alloc(n, after=request.slots[-1] if request.slots else None)
+        n = min(request.pending, limit, have + self.slots.free_count + self.prefix.evictable)
+        need = max(n - have, 0)
+        if need > self.slots.free_count:
+            self.slots.free(self.prefix.evict(need - self.slots.free_count))
+        if need and request.decoding:
+            plenty = (self.slots.free_count - need) // (4 * len(self.running))
+            need += min(RUN - 1, plenty, request.max_len - len(request.slots) - need)
+        request.slots += self.slots.alloc(need, after=request.slots[-1] if request.slots else None)
         return n
 
     def _preempt(self, request: Request) -> None:
@@ -134,13 +156,24 @@ class Scheduler:
         self._leave(request)
         self.waiting.appendleft(request)
 
+    def _remove(self, request: Request) -> None:
+        if request.row is not None:
+            self._leave(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
     def _leave(self, request: Request) -> None:
-        """Take a request off its row. What it has computed goes to the prefix cache; slots beyond are freed."""
-        spare = request.slots[request.cached :]
+        """Take a request off its row. What it has computed goes to the prefix cache; slots beyond are freed.
+
+        Steps under way may still write to those slots; any later use of them is behind these steps on the device. The
+        last token that the CPU knows is not cached: if it ended the request, the device has not computed it.
+        """
+        cached = min(request.cached, max(len(request.ids) - 1, request.shared))
+        spare = request.slots[cached:]
         if request.finish_reason == "error":  # its K and V may be damaged
-            mine = request.slots[request.shared : request.cached]
+            mine = request.slots[request.shared : cached]
         else:
-            mine = self.prefix.insert(request.ids[: request.cached], request.slots[: request.cached])
+            mine = self.prefix.insert(request.ids[:cached], request.slots[:cached])
         self.slots.free(spare + mine)
         self.prefix.unlock(request.node)
         self.running.remove(request)

@@ -15,10 +15,12 @@ store_kv_ = op(reference.store_kv_)
 rope_store_kv_ = op(reference.rope_store_kv_)
 attend = op(reference.attend)
 softmax = op(reference.softmax)
-penalize_ = op(reference.penalize_)
+adjust_ = op(reference.adjust_)
 sample = op(reference.sample)
+decode_inputs_ = op(reference.decode_inputs_)
+advance_ = op(reference.advance_)
 
 __all__ = [
-    "add_rms_norm_", "attend", "embed", "linear", "linear_add_", "penalize_", "project_qkv_", "rms_norm", "rope_",
-    "rope_store_kv_", "sample", "silu_mul", "softmax", "store_kv_", "use",
+    "add_rms_norm_", "adjust_", "advance_", "attend", "decode_inputs_", "embed", "linear", "linear_add_",
+    "project_qkv_", "rms_norm", "rope_", "rope_store_kv_", "sample", "silu_mul", "softmax", "store_kv_", "use",
 ]  # fmt: skip

@@ -78,7 +78,7 @@ class Simulation:
     """A scheduler over a pool of plain Python: what a slot holds is the hash of the prefix that was written to it."""
 
     def __init__(self, slots: int = 16, rows: int = 3, step_tokens: int = 6, cache: bool = True, vocab: int = 4):
-        self.scheduler = Bounded(SlotPool(slots), rows, step_tokens, PrefixCache() if cache else NoPrefix())
+        self.scheduler = Bounded(SlotPool(slots), rows, step_tokens, PrefixCache() if cache else NoPrefix(), rows)
         self.vocab, self.pool, self.steps = vocab, {}, 0
 
     def add(self, ids: Sequence[int], answer: int = 8, stop_ids: Iterable[int] = ()) -> Watched:
@@ -94,7 +94,7 @@ class Simulation:
         self._check_plan(plan, before, queue)
         sampled = []
         for request, n in plan:
-            assert len(request.slots) == request.cached + n and PAD_SLOT not in request.slots
+            assert len(request.slots) >= request.cached + n and PAD_SLOT not in request.slots
             for position in range(request.cached):
                 held = self.pool.get(request.slots[position])
                 assert held == prefix_hash(request.ids[: position + 1]), f"position {position} reads a foreign slot"
@@ -103,7 +103,9 @@ class Simulation:
         for request, n in plan:
             for position in range(request.cached, request.cached + n):
                 self.pool[request.slots[position]] = prefix_hash(request.ids[: position + 1])
-        scheduler.commit(plan, sampled)
+        caught_up = [request for request, n in plan if n == request.pending]
+        scheduler.launched(plan)
+        scheduler.commit(caught_up, sampled)
         self.after()
         self.steps += 1
         return plan
@@ -114,7 +116,7 @@ class Simulation:
         for slot in [slot for slot in self.pool if self.scheduler.slots.is_free(slot)]:
             del self.pool[slot]
         for request in self.scheduler.running:
-            assert len(request.slots) == request.cached and request.finish_reason is None
+            assert len(request.slots) >= request.cached and request.finish_reason is None
 
     def preempt(self, request: Request) -> None:
         self.scheduler._preempt(request)
@@ -133,7 +135,7 @@ class Simulation:
         scheduler = self.scheduler
         counts, planned = [n for _, n in plan], [request for request, _ in plan]
         assert all(n >= 1 for n in counts) and sum(counts) <= scheduler.step_tokens
-        assert sorted(counts, key=lambda n: n > 1) == counts, "those that advance by one come first"
+        assert sorted(plan, key=lambda e: not e[0].decoding) == plan, "those that decode come first"
         assert len(set(map(id, planned))) == len(planned)
         assert {id(r) for r in planned} == {id(r) for r in scheduler.running}, "somebody was left out"
         evicted = [r for r in before if r not in scheduler.running]
@@ -167,12 +169,16 @@ class HashModel(nn.Module):
 
     def forward(self, batch: Batch, kv: KVPool) -> Tensor:
         check_batch(batch, kv)
+        self.calls += 1
         k, v = kv.k[0, :, 0], kv.v[0, :, 0]
         k[batch.slots] = torch.stack([batch.tokens, batch.positions], 1).double()
         histories: list[list[int] | None] = []  # of each token of the batch
         for b, length in enumerate(batch.kv_len.tolist()):
-            slots = batch.table[batch.rows[b].item(), :length].long()
             new = int(batch.q_start[b + 1] - batch.q_start[b])
+            if not length:  # a pad
+                histories += [None] * new
+                continue
+            slots = batch.table[batch.rows[b].item(), :length].long()
             tokens, positions = k[slots].T.tolist()
             sane = positions == list(range(length))
             hashes, h = [], prefix_hash(())
@@ -183,11 +189,11 @@ class HashModel(nn.Module):
             sane &= -1.0 not in hashes and v[slots].T[0].tolist() == hashes
             whole = [int(token) for token in tokens] if sane else []
             histories += [whole[: i + 1] if sane else None for i in range(length - new, length)]
-        rows = [histories[t] for t in batch.logits_at.tolist()]
+        histories += [None] * (len(batch.tokens) - len(histories))
+        rows = histories if batch.logits_at is None else [histories[t] for t in batch.logits_at.tolist()]
         broken = np.full(self.vocab, NAN, dtype=np.float32)
         logits = np.array([broken if row is None else logits_of(row, self.vocab) for row in rows])
         out = torch.from_numpy(logits.astype(np.float32).reshape(len(rows), self.vocab))
-        self.calls += 1
         if self.hook:
             self.hook(self.calls, batch, out)
         return out
@@ -197,16 +203,20 @@ def check_batch(batch: Batch, kv: KVPool) -> None:
     """Everything that `Batch` promises."""
     starts, lengths = batch.q_start.tolist(), batch.kv_len.tolist()
     counts = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    assert starts[0] == 0 and starts[-1] == len(batch.tokens) == len(batch.slots) == len(batch.positions)
-    assert min(counts) >= 1 and len(counts) == len(lengths) == len(batch.rows)
-    assert batch.decodes == counts.count(1) and set(counts[: batch.decodes]) <= {1}
-    assert len(set(batch.rows.tolist())) == len(counts), "two requests in one row"
+    assert starts[0] == 0 and starts[-1] <= len(batch.tokens) == len(batch.slots) == len(batch.positions)
+    assert len(counts) == len(lengths) == len(batch.rows) and set(counts[: batch.decodes]) <= {1}
+    real = [b for b, length in enumerate(lengths) if length]
+    assert len({batch.rows[b].item() for b in real}) == len(real), "two requests in one row"
     slots = batch.slots.tolist()
-    assert len(set(slots)) == len(slots) and PAD_SLOT not in slots and max(slots) < kv.k.shape[1]
-    for b, (start, n, length) in enumerate(zip(starts[:-1], counts, lengths, strict=True)):
-        assert batch.positions[start : start + n].tolist() == list(range(length - n, length))
+    used = [slot for b in real for slot in slots[starts[b] : starts[b + 1]]]
+    assert len(set(used)) == len(used) and PAD_SLOT not in used and max(used, default=0) < kv.k.shape[1]
+    assert all(slot in (PAD_SLOT, *used) for slot in slots), "a pad writes to somebody's slot"
+    for b in real:
+        start, n, length = starts[b], counts[b], lengths[b]
+        assert n >= 1 and batch.positions[start : start + n].tolist() == list(range(length - n, length))
         assert batch.table[batch.rows[b].item(), length - n : length].tolist() == slots[start : start + n]
-    assert set(batch.logits_at.tolist()) <= {start - 1 for start in starts[1:]}
+    if batch.logits_at is not None:
+        assert [batch.logits_at[b].item() for b in real] == [starts[b + 1] - 1 for b in real]
 
 
 def tiny_config(vocab: int, max_len: int) -> ModelConfig:
@@ -232,7 +242,10 @@ class Rig:
         hook: Hook | None = None,
         model: nn.Module | None = None,
         cfg: ModelConfig | None = None,
+        ahead: int = 0,
+        padded: bool = False,
     ):
+        """`ahead` and `padded` make the engine work as it does with CUDA graphs."""
         self.vocab = cfg.vocab if cfg else vocab
         cfg = dataclasses.replace(cfg or tiny_config(vocab, max_len), max_len=max_len)
         shape = (cfg.num_layers, slots, cfg.kv_heads, cfg.head_dim) if model else (1, slots, 1, 2)
@@ -241,7 +254,7 @@ class Rig:
         self.model = model or HashModel(vocab, hook)
         self.engine = Engine(
             self.model, cfg, self.kv, max_requests=rows, step_tokens=step_tokens, prefix_cache=prefix_cache,
-            usable_vocab=usable_vocab,
+            usable_vocab=usable_vocab, ahead=ahead, graphs=padded,
         )  # fmt: skip
         self.scheduler, self.steps = self.engine.scheduler, 0
 
@@ -260,10 +273,10 @@ class Rig:
     def after(self) -> None:
         self.scheduler.check()
         for request in self.scheduler.running:
-            assert len(request.slots) == request.cached
+            assert len(request.slots) >= request.cached
         free = [PAD_SLOT] + [s for s in range(1, self.scheduler.slots.total) if self.scheduler.slots.is_free(s)]
         self.kv.k[:, free] = self.kv.v[:, free] = NAN
-        self.engine.table[self.scheduler.free_rows] = 1 << 30
+        self.engine.state.table[self.scheduler.free_rows] = 1 << 30
 
     def abort(self, request: Request, reason: str = "abort") -> None:
         self.engine.abort(request, reason)
@@ -304,10 +317,10 @@ def alone(request: Request, vocab: int, usable: int | None = None) -> tuple[list
             if token >= (usable or vocab) or (token in request.stop_ids and len(done) < p.min_tokens):
                 logits[token] = -np.inf
         heat = 0.0 if p.greedy else p.temperature
-        floats = [torch.tensor([x], dtype=torch.float32) for x in (heat, p.top_p, p.min_p)]
-        seed, position = torch.tensor([p.seed]), torch.tensor([len(ids)])
-        top_k = torch.tensor([p.top_k], dtype=torch.int32)
-        ids.append(sample(torch.tensor([logits]), floats[0], top_k, floats[1], floats[2], seed, position).item())
+        heat, top_p, min_p = (torch.tensor([x], dtype=torch.float32) for x in (heat, p.top_p, p.min_p))
+        row, position, top_k = torch.tensor([[0], [len(ids)], [p.top_k]], dtype=torch.int32)
+        seed = torch.tensor([p.seed])
+        ids.append(sample(torch.tensor([logits]), row, position, heat, top_k, top_p, min_p, seed, vocab).item())
         if ids[-1] in request.stop_ids and len(done) + 1 > p.min_tokens:
             return ids[request.prompt_len :], "stop"
         if len(ids) >= request.max_len:

@@ -32,11 +32,13 @@ def disorder(rig: Rig, draw: random.Random, requests: list, cancels: float = 0.0
         assert rig.steps < 3000, "no end in sight"
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_disorder_changes_no_answer(seed):
+@pytest.mark.parametrize("ahead, padded", [(0, False), (1, True), (2, False), (3, True)])
+@pytest.mark.parametrize("seed", range(25))
+def test_disorder_changes_no_answer(seed, ahead, padded):
     draw = random.Random(seed)
     rows = draw.randint(1, 6)
-    rig = Rig(draw.randint(20, 60), rows, rows + draw.randint(0, 8), prefix_cache=draw.random() < 0.8)
+    cache = draw.random() < 0.8
+    rig = Rig(draw.randint(20, 60), rows, rows + draw.randint(0, 8), prefix_cache=cache, ahead=ahead, padded=padded)
     requests = []
     for _ in range(10):
         prompt = [draw.randint(0, 1) for _ in range(draw.randint(1, 8))]
@@ -62,9 +64,9 @@ def test_a_step_that_fails_ends_its_requests_and_nothing_else(stage, error, monk
     for k in range(1, 16):
         rig = Rig(slots=30, rows=2, step_tokens=4)
         owner, name = {
-            "prepare": (rig.engine, "_batch"),
+            "prepare": (rig.engine.runner, "send"),
             "forward": (rig.model, "forward"),
-            "sample": (rig.engine.sampler, "_count_"),
+            "sample": (rig.engine.runner, "_step"),
         }[stage]
         calls, whole = [], getattr(owner, name)
 
@@ -106,11 +108,24 @@ def test_damage_in_the_pool_is_seen_by_its_owner_alone():
         for request in (sharer, mine, other):
             rig.add(request)
         rig.step()
-        rig.kv.v[0, mine.slots[at if at < 4 else -1]] += 1
+        rig.kv.v[0, mine.slots[at if at < 4 else mine.cached - 1]] += 1
         rig.run()
         check([other])
         assert (mine.finish_reason, mine.output_len) == ("error", 1)
         assert sharer.finish_reason == ("error" if at < 3 else "length")
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 3])
+def test_a_token_that_ended_an_answer_on_the_device_counts_as_computed_nowhere(ahead):
+    rig = Rig(slots=60, ahead=ahead)
+    answer, _ = alone(ask([1, 0, 1]), 16)
+    first = rig.add([1, 0, 1], stop_ids={answer[2]})
+    rig.run()
+    assert first.finish_reason == "stop"
+    follow = rig.add([*first.ids, 5, 6])
+    rig.run()
+    check([first, follow])
+    assert follow.prefix_hit == len(first.ids) - 1
 
 
 def test_step_returns_who_got_a_token_and_an_idle_engine_does_nothing():
@@ -186,10 +201,10 @@ class _Every(torch.nn.Module):
 
     def forward(self, batch, kv: KVPool):
         check_batch(batch, kv)
-        everything = type(batch)(**{**vars(batch), "logits_at": torch.arange(len(batch.tokens))})
+        everything = type(batch)(**{**vars(batch), "logits_at": None})
         logits = self.model(everything, kv)
         self.seen.append(logits)
-        return logits[batch.logits_at]
+        return logits if batch.logits_at is None else logits[batch.logits_at]
 
 
 @pytest.fixture(

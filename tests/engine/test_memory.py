@@ -104,7 +104,7 @@ def test_the_plan_counts_the_bytes_of_the_real_model(tied):
     assert blueprint.plan.weights == sum(storages.values())
     assert engine.kv.k.shape == engine.kv.v.shape == (2, 51, 2, 8)
     assert (engine.kv.k.nbytes + engine.kv.v.nbytes) == blueprint.plan.kv + blueprint.plan.kv_token
-    assert engine.scheduler.capacity == 50 and engine.cfg.max_len == 40 and engine.table.shape == (64, 40)
+    assert engine.scheduler.capacity == 50 and engine.cfg.max_len == 40 and engine.state.table.shape == (65, 40)
 
 
 def test_devices_and_dtypes_that_do_not_exist():

@@ -173,9 +173,7 @@ def test_an_unusable_row_ends_its_request_alone(poison, wish, when):
 
     def break_row(call, batch, logits):
         if victim.row is not None and call == when:
-            rows = batch.rows.tolist()
-            tokens = [int(batch.q_start[rows.index(victim.row) + 1]) - 1]
-            logits[batch.logits_at.tolist().index(tokens[0])] = poison
+            logits[batch.rows.tolist().index(victim.row)] = poison
 
     rig = Rig(hook=break_row, slots=80, rows=4, step_tokens=40)
     before, victim, behind = requests_of(["heat", wish, "all penalties"])

@@ -6,10 +6,11 @@ from lite_llm.ops.reference.embedding import embed
 from lite_llm.ops.reference.linear import linear, linear_add_, project_qkv_
 from lite_llm.ops.reference.norm import add_rms_norm_, rms_norm
 from lite_llm.ops.reference.rope import rope_, rope_store_kv_
-from lite_llm.ops.reference.sampling import penalize_, sample
+from lite_llm.ops.reference.sampling import adjust_, sample
 from lite_llm.ops.reference.softmax import softmax
+from lite_llm.ops.reference.state import advance_, decode_inputs_
 
 __all__ = [
-    "add_rms_norm_", "attend", "embed", "linear", "linear_add_", "penalize_", "project_qkv_", "rms_norm", "rope_",
-    "rope_store_kv_", "sample", "silu_mul", "softmax", "store_kv_",
+    "add_rms_norm_", "adjust_", "advance_", "attend", "decode_inputs_", "embed", "linear", "linear_add_",
+    "project_qkv_", "rms_norm", "rope_", "rope_store_kv_", "sample", "silu_mul", "softmax", "store_kv_",
 ]  # fmt: skip

@@ -12,50 +12,78 @@ MIN_TEMPERATURE = 1e-5
 _MASK = 0xFFFFFFFF
 
 
-def penalize_(
-    logits: Tensor, counts: Tensor, rows: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+def adjust_(
+    logits: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    bias: Tensor,
+    biased: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+    stop_ids: Tensor,
+    min_len: Tensor,
 ) -> None:
-    """Apply penalties in place to fp32 `logits[N, V]`; row n's counts are `counts[rows[n]]` (int32 [R, V]).
+    """Apply penalties, then biases, then the ban on early stops, in place to fp32 `logits[N, V]`.
 
-    `repetition[N]` (arXiv 1909.05858; 1 is none) divides positive and multiplies negative logits of tokens seen in
-    prompt or output; then `presence[N]` is subtracted for tokens in the output, `frequency[N]` per occurrence there
-    (both as OpenAI's API defines them; 0 is none).
+    Row n belongs to row r = `rows[n]` (int32) of the tables, whose last row is nobody's: its logits stay as they are.
+    `repetition[R]` (arXiv 1909.05858; 1 is none) divides positive and multiplies negative logits of tokens seen in
+    prompt or output, as `counts` int32 [R, V] says; then `presence[R]` is subtracted for tokens in the output,
+    `frequency[R]` per occurrence there (both as OpenAI's API defines them; 0 is none; all three fp32).
+    `bias[r]` (fp32 [R, V]) is added where `biased[r]` (bool or int32 [R]) and not read elsewhere. While `positions[n]`
+    (int32), that of the token to be sampled, is below `min_len[r]` (int32), the tokens `stop_ids[r]` (int32 [R, S],
+    -1: unused) become -inf.
     """
-    seen = counts[rows]
-    times = (seen & (PROMPT - 1)).float()
-    factor = torch.where(seen > 0, repetition[:, None], 1.0)
-    logits.copy_(torch.where(logits > 0, logits / factor, logits * factor))
-    logits -= presence[:, None] * (times > 0) + frequency[:, None] * times
+    owned = (rows < len(counts) - 1)[:, None]
+    at = rows.long()
+    seen = counts[at]
+    times = (seen & (PROMPT - 1)).to(logits.dtype)
+    factor = torch.where(seen > 0, repetition[at, None], 1.0)
+    x = torch.where(logits > 0, logits / factor, logits * factor)
+    x = x - (presence[at, None] * (times > 0) + frequency[at, None] * times)
+    x = torch.where((biased[at] != 0)[:, None], x + bias[at], x)
+    stops = stop_ids[at].long()
+    too_early = (stops >= 0) & (positions < min_len[at])[:, None]
+    hits = torch.zeros(x.shape, dtype=torch.int32, device=x.device)
+    hits.scatter_add_(1, stops.clamp(min=0), too_early.int())
+    x = torch.where(hits > 0, -torch.inf, x)
+    logits.copy_(torch.where(owned, x, logits))
 
 
 def sample(
     logits: Tensor,
+    rows: Tensor,
+    positions: Tensor,
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,
     seeds: Tensor,
-    positions: Tensor,
+    usable: int,
 ) -> Tensor:
-    """One token id per row of fp32 `logits[N, V]`; int64 [N]. -1 where a row has NaN, +inf or no finite logit, before
-    or after the division by its temperature.
+    """One token id per row of `logits[N, V]` (any float, read as fp32); int32 [N]. -1 where a row has NaN, +inf or no
+    finite logit, before or after the division by its temperature. Ids from `usable` on are neither sampled nor read.
 
-    `temperature` fp32 [N]: 0 takes the largest logit, ties to the lowest id. Otherwise, on logits / temperature:
-    `top_k` int32 [N] keeps the k largest (0: all); of these `top_p` fp32 [N] keeps each token for which the tokens
-    strictly more probable hold less than top_p together (1: all); `min_p` fp32 [N] keeps tokens at least min_p times
+    Row n takes its settings from row `rows[n]` (int32) of the tables. `temperature` fp32 [R]: 0 takes the largest
+    logit, ties to the lowest id. Otherwise, on logits / temperature:
+    `top_k` int32 [R] keeps the k largest (0: all); of these `top_p` fp32 [R] keeps each token for which the tokens
+    strictly more probable hold less than top_p together (1: all); `min_p` fp32 [R] keeps tokens at least min_p times
     as probable as the best (0: all). Equal logits are kept or dropped together; one token is always kept.
     The draw is the Gumbel-max of the kept logits, with noise from Philox4x32-10 (doi 10.1145/2063384.2063405) at
-    key `seeds` (int64 [N]) and counter (token id, position, 0, 0), `positions` int64 [N].
+    key `seeds` (int64 [R]) and counter (token id, position, 0, 0), `positions` int32 [N] being those of the new tokens.
     """
+    logits = logits[:, :usable].float()
+    temperature, top_k, top_p, min_p, seeds = (x[rows.long()] for x in (temperature, top_k, top_p, min_p, seeds))
     greedy = temperature == 0
     scaled = logits / torch.where(greedy, 1.0, temperature.clamp(min=MIN_TEMPERATURE))[:, None]
     bad = scaled.isnan().any(-1) | (scaled == torch.inf).any(-1) | (scaled == -torch.inf).all(-1)
     scaled = torch.where(bad[:, None], 0.0, scaled)
-    noise = gumbel(seeds, positions, logits.shape[1])
+    noise = gumbel(seeds, positions, usable)
     noisy = torch.where(scaled >= _cutoff(scaled, top_k, top_p, min_p)[:, None], scaled + noise, -torch.inf)
     chosen = torch.where(greedy[:, None], logits, noisy)
     first = (chosen == chosen.amax(-1, keepdim=True)).int().argmax(-1)  # ties to the lowest id
-    return torch.where(bad, -1, first)
+    return torch.where(bad, -1, first).int()
 
 
 def _cutoff(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -80,7 +108,7 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     With 24 bits the largest u would round to 1 and its noise be infinite: one draw in a hundred over 150k tokens.
     """
     ids = torch.arange(vocab, device=seeds.device)
-    word = philox(seeds[:, None], ids[None], positions[:, None])
+    word = philox(seeds[:, None], ids[None], positions.long()[:, None])
     u = ((word >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(u))
 

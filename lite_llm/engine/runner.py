@@ -1,0 +1,186 @@
+"""Runs steps on the device: each shape of step is one function, and on a GPU one CUDA graph of it."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lite_llm import ops
+from lite_llm.batch import Batch, KVPool
+from lite_llm.engine.state import DeviceState
+
+
+class Shape(NamedTuple):
+    """How much a step has room for. What it does not need is filled with pads: row `pad_row`, the pad slot."""
+
+    decodes: int  # requests that advance by the one token that the device holds
+    prompts: int  # further requests ...
+    tokens: int  # ... and their tokens together, which the CPU sends
+
+    @property
+    def requests(self) -> int:
+        return self.decodes + self.prompts
+
+
+DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+PROMPTS = 32
+"""Most prompts in one step of a graph."""
+
+Say = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and how much there is."""
+
+
+def shapes(max_requests: int, step_tokens: int) -> list[Shape]:
+    """The shapes of steps that get a graph, smallest first. Any plan of the scheduler fits in one of them."""
+    decodes = [n for n in DECODES if n < max_requests] + [max_requests]
+    tokens = [n for n in TOKENS if n < step_tokens] + [step_tokens]
+    prompts = min(PROMPTS, max_requests)
+    beside = sorted({0, min(8, max_requests), min(64, max_requests), max_requests})
+    mixed = [Shape(d, min(prompts, t), t) for t in tokens for d in beside]
+    return [Shape(d, 0, 0) for d in decodes] + sorted(mixed, key=lambda shape: shape.decodes + shape.tokens)
+
+
+class Runner:
+    """Owns the inputs of a step and its graphs. All its work is on the caller's current stream.
+
+    Between the CPU and a step stand buffers at fixed places: `send` fills them, `run` reads them.
+    """
+
+    def __init__(
+        self, model: nn.Module, kv: KVPool, state: DeviceState, usable: int, fixed: Iterable[Shape], most: Shape
+    ):
+        """`fixed` are the shapes that steps are padded to; none: every step has its own size, at most `most`.
+
+        Ids from `usable` on are padding of the vocabulary and never sampled.
+        """
+        self.model, self.kv, self.state, self.usable, self.fixed = model, kv, state, usable, list(fixed)
+        self.graphs: dict[tuple[Shape, bool], torch.cuda.CUDAGraph] = {}
+        requests, tokens = most.requests, most.decodes + most.tokens
+        sizes = dict.fromkeys(("rows", "samples", "kv_len", "logits_at"), requests)
+        sizes |= {"q_start": requests + 1} | dict.fromkeys(("tokens", "positions", "slots"), tokens)
+        self._flat = torch.zeros(sum(sizes.values()), dtype=torch.int32, device=state.device)
+        self._inputs: dict[str, Tensor] = dict(zip(sizes, self._flat.split(list(sizes.values())), strict=True))
+        self._sent: tuple[Shape, list[int]] | None = None  # the decodes that the buffers hold, if nothing else
+        # The logits before any penalty, for whoever wants their logprobs.
+        self.raw: Tensor | None = None
+
+    def fit(self, decodes: int, prompts: int, tokens: int) -> Shape:
+        """The smallest shape that holds a step."""
+        if not self.fixed:
+            return Shape(decodes, prompts, tokens)
+        for shape in self.fixed:
+            if decodes <= shape.decodes and prompts <= shape.prompts and tokens <= shape.tokens:
+                return shape
+        raise AssertionError(f"no shape for {decodes} decodes and {prompts} prompts of {tokens} tokens")
+
+    def send(self, shape: Shape, rows: list[int], prompts: list[tuple[int, int, list[int], list[int], bool]]) -> None:
+        """Fill the inputs: rows that decode, and (row, first position, tokens, slots, wants a token) of each prompt."""
+        if not prompts and self._sent == (shape, rows):
+            return
+        pad, decodes = self.state.pad_row, len(rows)
+        arrays = {name: np.zeros(len(t), dtype=np.int32) for name, t in self._inputs.items()}
+        arrays["rows"][:] = arrays["samples"][:] = pad
+        arrays["rows"][:decodes] = arrays["samples"][:decodes] = rows
+        arrays["q_start"][: shape.decodes + 1] = range(shape.decodes + 1)
+        arrays["logits_at"][: shape.decodes] = range(shape.decodes)
+        at = shape.decodes
+        for b, (row, first, tokens, slots, wanted) in enumerate(prompts, start=shape.decodes):
+            end = at + len(tokens)
+            arrays["rows"][b] = row
+            arrays["samples"][b] = row if wanted else pad
+            arrays["tokens"][at:end], arrays["slots"][at:end] = tokens, slots
+            arrays["positions"][at:end] = range(first, first + len(tokens))
+            arrays["kv_len"][b] = first + len(tokens)
+            arrays["q_start"][b + 1], arrays["logits_at"][b] = end, end - 1
+            at = end
+        arrays["q_start"][shape.decodes + len(prompts) + 1 :] = at
+        flat = torch.from_numpy(np.concatenate(list(arrays.values())))
+        if self._flat.device.type == "cuda":
+            flat = flat.pin_memory()
+        self._flat.copy_(flat, non_blocking=True)
+        self._sent = None if prompts else (shape, list(rows))
+
+    def run(self, shape: Shape, adjusted: bool) -> None:
+        """One step; `adjusted`: some request has penalties, biases, a least length, or wants logprobs."""
+        graph = self.graphs.get((shape, adjusted))
+        if graph is not None:
+            graph.replay()
+        else:
+            self._step(shape, adjusted)
+
+    def capture(self, say: Say) -> None:
+        """Run every fixed shape once with pads alone, then record its graph."""
+        todo = [(shape, adjusted) for shape in reversed(self.fixed) for adjusted in (True, False)]
+        if self.raw is None:
+            self._allocate()
+        pool = torch.cuda.graph_pool_handle()
+        for done, (shape, adjusted) in enumerate(todo):
+            say("capturing graphs", done, len(todo))
+            self.send(shape, [], [])
+            self._step(shape, adjusted)
+            graph = torch.cuda.CUDAGraph()
+            # Plainer than torch.cuda.graph, which collects garbage each time.
+            torch.cuda.current_stream().synchronize()
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                self._step(shape, adjusted)
+            finally:
+                graph.capture_end()
+            graph.replay()  # the first one uploads it
+            self.graphs[shape, adjusted] = graph
+        torch.cuda.current_stream().synchronize()
+        say("capturing graphs", len(todo), len(todo))
+
+    def warm(self) -> None:
+        """Run every fixed shape once with pads alone: afterwards no kernel is new."""
+        for shape in reversed(self.fixed):
+            for adjusted in (True, False):
+                self.send(shape, [], [])
+                self._step(shape, adjusted)
+
+    def _step(self, shape: Shape, adjusted: bool) -> None:
+        i, s, n = self._inputs, self.state, shape.decodes
+        total, requests = n + shape.tokens, shape.requests
+        ops.decode_inputs_(
+            i["tokens"], i["positions"], i["slots"], i["kv_len"], i["rows"][:n], s.last, s.length, s.ended, s.table,
+            s.step,
+        )  # fmt: skip
+        batch = Batch(
+            tokens=i["tokens"][:total],
+            positions=i["positions"][:total],
+            slots=i["slots"][:total],
+            q_start=i["q_start"][: requests + 1],
+            kv_len=i["kv_len"][:requests],
+            table=s.table,
+            rows=i["rows"][:requests],
+            logits_at=i["logits_at"][:requests] if shape.prompts else None,
+            decodes=n,
+        )
+        logits = self.model(batch, self.kv)
+        # A sampled token stands behind the cached ones: its position is their number.
+        rows, positions = i["samples"][:requests], batch.kv_len
+        if adjusted:
+            if self.raw is None:
+                self._allocate()
+            self.raw[:requests].copy_(logits)
+            logits = logits.to(torch.float32, copy=True)
+            ops.adjust_(
+                logits, rows, positions, s.counts, s.bias, s.biased, s.repetition, s.presence, s.frequency,
+                s.stop_ids, s.min_len,
+            )  # fmt: skip
+        chosen = ops.sample(
+            logits, rows, positions, s.temperature, s.top_k, s.top_p, s.min_p, s.seeds, self.usable
+        )
+        ops.advance_(
+            rows, positions, chosen, s.last, s.length, s.ended, s.stop_ids, s.min_len, s.max_len, s.counting, s.counts,
+            s.ring, s.step,
+        )  # fmt: skip
+
+    def _allocate(self) -> None:
+        weight = next(self.model.parameters(), None)
+        dtype = weight.dtype if weight is not None else torch.float32
+        shape = (len(self._inputs["rows"]), self.state.vocab)
+        self.raw = torch.zeros(shape, dtype=dtype, device=self.state.device)
