@@ -86,6 +86,12 @@ class Engine:
                 self.runner.capture(say)
                 self.state.step.fill_(self.launched)
 
+    def finish(self) -> None:
+        """Wait for the steps under way; their tokens are lost."""
+        self.flights.clear()
+        if self.stream:
+            self.stream.synchronize()
+
     def add(self, request: Request) -> None:
         """Queue a request. UsageError for token ids that the model does not have; ContextExceeded if it cannot fit."""
         biased = request.params.logit_bias

@@ -1,0 +1,103 @@
+"""A step recorded as a CUDA graph is the step: bit for bit, at every context, batch and mix of wishes."""
+
+import random
+
+import pytest
+import torch
+
+from lite_llm.config import EngineConfig
+from lite_llm.engine import runner
+from lite_llm.engine.build import Blueprint
+from lite_llm.engine.request import Request, SamplingParams
+from lite_llm.engine.runner import Shape
+from lite_llm.weights.random import fill_random
+from tests.engine.models import tiny_config
+
+WISHES = (
+    {"temperature": 0.0},
+    {"temperature": 0.8},
+    {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
+    {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
+    {"temperature": 0.0, "logprobs": 3, "logit_bias": {5: 2.0}},
+    {"temperature": 0.0, "min_tokens": 6, "stop_token_ids": tuple(range(40))},
+)
+
+
+def test_every_plan_fits_the_smallest_shape_that_holds_it():
+    for most, budget in ((1, 1), (1, 2048), (64, 64), (64, 2048), (200, 512), (256, 8192)):
+        fixed = runner.shapes(most, budget)
+        assert len(set(fixed)) == len(fixed) and max(s.decodes for s in fixed) == most
+        chooser = runner.Runner.__new__(runner.Runner)
+        chooser.fixed = fixed
+        draw = random.Random(most)
+        for _ in range(300):
+            decodes = draw.randint(0, most)
+            prompts = draw.randint(0, min(most - decodes, runner.PROMPTS))
+            tokens = draw.randint(prompts, budget - decodes) if prompts and budget - decodes >= prompts else 0
+            prompts = prompts if tokens else 0
+            if decodes + prompts:
+                shape = chooser.fit(decodes, prompts, tokens)
+                assert shape.decodes >= decodes and shape.prompts >= prompts and shape.tokens >= tokens
+                assert prompts or shape == Shape(shape.decodes, 0, 0)
+
+
+def answers(seed: int, graphs: bool) -> list[tuple]:
+    """Of thirty requests that come in at random. An engine that nobody warmed pads its steps but records nothing."""
+    draw = random.Random(seed)
+    config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=1500, context=500, max_requests=12, step_tokens=96)
+    engine = Blueprint(tiny_config(200, 600), config).build(lambda model: fill_random(model, seed))
+    if graphs:
+        engine.warm(lambda *_: None)
+    assert bool(engine.runner.graphs) == graphs
+    requests = []
+    for i in range(30):
+        ids = [draw.randrange(200) for _ in range(draw.choice((1, 2, 17, 60, 300)))]
+        wish = SamplingParams(max_tokens=draw.randint(1, 40), seed=i, **draw.choice(WISHES)).resolved({})
+        requests.append(Request(ids, wish, frozenset(wish.stop_token_ids), max_len=len(ids) + wish.max_tokens))
+    todo = list(requests)
+    while todo or not engine.idle:
+        for _ in range(draw.randint(0, 3)):
+            if todo:
+                engine.add(todo.pop())
+        engine.step()
+        engine.scheduler.check()
+    return [(r.output, r.finish_reason, r.logprobs) for r in requests]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+def test_graphs_and_eager_steps_say_the_same(seed):
+    assert answers(seed, graphs=True) == answers(seed, graphs=False)
+
+
+@pytest.mark.gpu
+def test_a_replay_gives_the_bits_of_an_eager_step():
+    torch.manual_seed(0)
+    config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=3000, context=1000, max_requests=8, step_tokens=64)
+    engine = Blueprint(tiny_config(200, 1000), config).build(fill_random)
+    engine.warm(lambda *_: None)
+    run, state, i = engine.runner, engine.state, engine.runner._inputs
+    table = 1 + torch.randperm(2999, device="cuda")[: 8 * 300].int().view(8, 300)
+    for tensor in (engine.kv.k, engine.kv.v):
+        tensor.normal_()
+    pool = [engine.kv.k.clone(), engine.kv.v.clone()]
+    for shape in run.fixed:
+        for adjusted in (False, True):
+            seen = []
+            for replay in (False, True):
+                engine.kv.k.copy_(pool[0]), engine.kv.v.copy_(pool[1])
+                state.table[:8, :300] = table
+                state.last[:8] = torch.arange(8, device="cuda", dtype=torch.int32)
+                state.length[:8] = torch.tensor([0, 1, 5, 77, 128, 129, 250, 299], device="cuda", dtype=torch.int32)
+                state.ended[:8], state.max_len[:8], state.counting[:8] = 0, 1000, 1
+                state.counts.zero_(), state.step.zero_(), state.ring.zero_()
+                prompts = [(7, 0, [1, 2, 3], [2901, 2902, 2903], True)] if shape.prompts else []
+                run._sent = None
+                run.send(shape, list(range(min(shape.decodes, 7))), prompts)
+                torch.cuda.synchronize()
+                with torch.cuda.stream(engine.stream):
+                    run.run(shape, adjusted) if replay else run._step(shape, adjusted)
+                torch.cuda.synchronize()
+                state_now = [state.last, state.length, state.ended, state.counts, state.ring, i["tokens"]]
+                seen.append([t.clone() for t in (*state_now, run.raw, engine.kv.k[:, 1:], engine.kv.v[:, 1:])])
+            assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)), shape
