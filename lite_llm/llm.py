@@ -16,6 +16,7 @@ from lite_llm.engine.build import Blueprint
 from lite_llm.engine.engine import Engine
 from lite_llm.engine.memory import MemoryPlan
 from lite_llm.engine.request import Request, SamplingParams
+from lite_llm.engine.warm import Say, Warmth, warm_up
 from lite_llm.errors import BadCheckpoint, UsageError
 from lite_llm.jsonfile import read_object
 from lite_llm.models import registry, shapes
@@ -53,6 +54,7 @@ class LLM:
         seed: int = 0,
         say: Callable[[str], None] = log.info,
         progress: Callable[[int, int], None] | None = None,
+        status: Say | None = None,
         **options,
     ):
         """Plan, load and get ready.
@@ -60,7 +62,9 @@ class LLM:
         `model` is a directory in Hugging Face format or a hub id; none at all is the bundled demo. `shape` names a
         known model's sizes instead (see `lite_llm.models.shapes`), with `random_weights` drawn from `seed` and no
         tokenizer. `options` are the fields of `EngineConfig`. `say` gets the memory plan and notices, one line each;
-        `progress` gets (bytes loaded, bytes in all). Raises a LiteLLMError that says what is wrong and what to do.
+        `progress` gets (bytes loaded, bytes in all), and `status` what is done after loading, how many of it are done
+        and how many there are: on a GPU kernels are compiled and CUDA graphs recorded, so that no answer waits for
+        either. Raises a LiteLLMError that says what is wrong and what to do.
         """
         config = _engine_config(options)
         if shape is not None:
@@ -69,7 +73,7 @@ class LLM:
             self._start(HFConfig(shapes.shape_config(shape), config.ignore_config), config, say)
             self.name, self.tokenizer = shape, None
             self.generation_config: dict[str, object] = {}
-            self._ready(lambda net: fill_random(net, seed))
+            self._ready(lambda net: fill_random(net, seed), status)
             return
         if random_weights:
             raise UsageError("random_weights needs a shape", "pass shape=..., or leave random_weights out")
@@ -92,7 +96,7 @@ class LLM:
         self.eos_ids |= self.tokenizer.eos_ids
         checkpoint = open_checkpoint(source.directory())
         rules = registry.find(self.cfg.architecture)[0].RULES
-        self._ready(lambda net: load_weights(net, checkpoint, rules, progress))
+        self._ready(lambda net: load_weights(net, checkpoint, rules, progress), status)
 
     def _start(self, hf: HFConfig, config: EngineConfig, say: Callable[[str], None]) -> None:
         self._blueprint = Blueprint(registry.parse(hf), config)
@@ -102,9 +106,10 @@ class LLM:
         self._names = itertools.count(1)
         say(str(self.plan))
 
-    def _ready(self, fill: Callable[[torch.nn.Module], None]) -> None:
+    def _ready(self, fill: Callable[[torch.nn.Module], None], status: Say | None) -> None:
         self.eos_ids = {token for token in self.eos_ids if 0 <= token < self.cfg.vocab}
         self._engine = self._blueprint.build(fill, self.tokenizer.vocab_size if self.tokenizer else None)
+        self._engine.warm(status or _silent)
 
     def __enter__(self) -> "LLM":
         return self
@@ -114,6 +119,8 @@ class LLM:
 
     def close(self) -> None:
         """Free the model's and the pool's memory. Answers in progress are lost; calling it twice is fine."""
+        if self._engine is not None:
+            self._engine.finish()
         self._engine, self._streams = None, {}
         gc.collect()
         if self._blueprint.device.type == "cuda":
@@ -268,9 +275,26 @@ class LLM:
 
 def plan(model: str | Path | None = None, **options) -> MemoryPlan:
     """What `LLM(model, **options)` would take, from the config alone; raises what that would raise."""
+    return _blueprint(model, options)[0].plan
+
+
+def warm(model: str | Path | None = None, *, status: Say | None = None, **options) -> Warmth:
+    """Compile what `LLM(model, **options)` will run and leave it in the cache on disk; reads no weights.
+
+    Takes the GPU memory that the model would take, for as long as it runs. `status` is that of `LLM`.
+    """
+    blueprint, here = _blueprint(model, options)
+    return warm_up(blueprint, Tokenizer.load(here).vocab_size, status or _silent)
+
+
+def _blueprint(model: str | Path | None, options: dict[str, object]) -> tuple[Blueprint, Path]:
     config = _engine_config(options)
     here = Source(str(model or DEMO)).description()
-    return Blueprint(registry.parse(HFConfig.load(here, config.ignore_config)), config).plan
+    return Blueprint(registry.parse(HFConfig.load(here, config.ignore_config)), config), here
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
 
 
 class _Stream:

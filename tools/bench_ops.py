@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from lite_llm import ops
 from lite_llm.config import HFConfig, ModelConfig
+from lite_llm.engine.roofline import copy_rate, matmul_rate
 from lite_llm.models import registry, shapes
 from tools.environment import environment
 
@@ -36,7 +37,7 @@ def main() -> int:
         return 3
     torch.manual_seed(0)
     cfg = registry.parse(HFConfig(shapes.shape_config(args.shape)))
-    roofs = {"copy_tb_s": copy_rate() / 1e12, "matmul_tflop_s": matmul_rate() / 1e12}
+    roofs = {"copy_tb_s": copy_rate(DEVICE) / 1e12, "matmul_tflop_s": matmul_rate(DEVICE, DTYPE) / 1e12}
     rows = [measure(*case, roofs) for case in cases(cfg)]
     table = Table(title=f"{args.shape} on {torch.cuda.get_device_name()}: copy {roofs['copy_tb_s']:.2f} TB/s, "
                   f"matmul {roofs['matmul_tflop_s']:.0f} TFLOP/s")  # fmt: skip
@@ -144,32 +145,6 @@ def timed(call: Callable, variants: list, repeats: int = 15) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / rounds / len(variants))
     return sorted(times[3:])[repeats // 2]
-
-
-def copy_rate() -> float:
-    """Bytes read and written per second by the faster of two copies of 4 GiB: the driver's and a kernel's."""
-    source = torch.ones(1 << 30, dtype=torch.float32, device=DEVICE)
-    target = torch.empty_like(source)
-    copies = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
-    return 2 * source.numel() * 4 / min(_eager(copy) for copy in copies)
-
-
-def _eager(call: Callable, repeats: int = 9) -> float:
-    """Median seconds of a call that lasts long enough for its launch not to matter."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(repeats + 2):
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times[2:])[repeats // 2]
-
-
-def matmul_rate() -> float:
-    a, b = randn(8192, 8192), randn(8192, 8192)
-    return 2 * 8192**3 / timed(lambda x: x @ b, [a])
 
 
 def randn(*shape: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ usage: lite-llm COMMAND ...
 
   chat [MODEL]   chat in this terminal, or answer one --prompt
   plan [MODEL]   say what a model needs in memory and whether it fits
+  warmup [MODEL] compile a model's kernels now, so that it starts fast from then on
 
 lite-llm COMMAND --help tells more; lite-llm --version.
 """
@@ -21,6 +22,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "lite-llm") -> int:
         return chat_main(argv[1:], f"{prog} chat")
     if command == "plan":
         return plan_main(argv[1:], f"{prog} plan")
+    if command == "warmup":
+        return warmup_main(argv[1:], f"{prog} warmup")
     if command == "--version":
         import lite_llm
 
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "lite-llm") -> int:
         print(_USAGE, end="")
         return 0
     found = f"there is no command {command[:80]!r}" if command else "a command is missing"
-    print(f"error: {found}; there are chat and plan\n{prog} --help tells more", file=sys.stderr)
+    print(f"error: {found}; there are chat, plan and warmup\n{prog} --help tells more", file=sys.stderr)
     return 2
 
 
@@ -51,3 +54,12 @@ def plan_main(argv: Sequence[str], prog: str) -> int:
     from lite_llm.cli import app
 
     return app.plan(options)
+
+
+def warmup_main(argv: Sequence[str], prog: str) -> int:
+    from lite_llm.cli import args
+
+    options = args.parse(args.warmup_parser(prog), argv)
+    from lite_llm.cli import app
+
+    return app.warm(options)

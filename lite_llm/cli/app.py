@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lite_llm.cli import oneshot, report, transcript
+from lite_llm.cli import oneshot, report, transcript, warmup
 from lite_llm.cli.screen import LoadingBar, Screen
 from lite_llm.cli.session import Session
 from lite_llm.errors import EnvironmentProblem, LiteLLMError, SourceProblem, UsageError
@@ -77,6 +77,16 @@ def plan(options: argparse.Namespace) -> int:
     return _guarded(work, screen, options)
 
 
+def warm(options: argparse.Namespace) -> int:
+    screen = Screen.of_process(quiet=options.quiet)
+
+    def work() -> int:
+        _prepare(options, screen)
+        return warmup.run(options, screen)
+
+    return _guarded(work, screen, options)
+
+
 def _open(options: argparse.Namespace, screen: Screen) -> "LLM":
     _prepare(options, screen)
     bar = LoadingBar(screen)
@@ -88,7 +98,7 @@ def _open(options: argparse.Namespace, screen: Screen) -> "LLM":
             bar.clear()
             screen.note(text)
 
-        return LLM(options.model, say=say, progress=bar, **options.engine)
+        return LLM(options.model, say=say, progress=bar, status=bar.stage, **options.engine)
     finally:
         bar.clear()
 

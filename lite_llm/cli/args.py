@@ -85,6 +85,19 @@ def plan_parser(prog: str) -> Parser:
     return parser
 
 
+def warmup_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog, description="Compile a model's kernels for this GPU and keep them on disk; loads no weights."
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--max-requests", metavar="N", type=_count, help="requests together; default: 4 as in chat, and 64 as in LLM()"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_output(parser)
+    return parser
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", type=_filled, help="a directory or a hub id; default: the bundled demo")
@@ -135,6 +148,12 @@ def _size(text: str) -> int:
     if tokens != int(tokens) or tokens < 1:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number of tokens; expected 4096, 32k, ...")
     return int(tokens)
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number of requests; expected 1, 64, ...")
+    return int(text)
 
 
 def _number(kind: type) -> Callable[[str], int | float]:

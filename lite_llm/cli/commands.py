@@ -208,6 +208,14 @@ def _stats(session: Session, argument: str) -> str:
     )
 
 
+def _why(session: Session, argument: str) -> str:
+    if session.last is None:
+        return "no answers yet"
+    from lite_llm.cli.why import why  # torch; it is here by now, but not when the table of commands is read
+
+    return why(session.llm.cfg, session.llm.plan, session.last)
+
+
 def _exit(session: Session, argument: str) -> str:
     raise Leave
 
@@ -226,6 +234,7 @@ TABLE = {
         Command("save", "[-f] FILE", "the conversation as JSONL of OpenAI messages", _save),
         Command("load", "FILE", "go on with a saved conversation", _load),
         Command("stats", "", "tokens and times so far", _stats),
+        Command("why", "", "the last answer's speed against what the memory allows", _why),
         Command("exit", "", "leave; Ctrl-D does too", _exit),
     )
 }

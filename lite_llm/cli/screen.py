@@ -105,10 +105,12 @@ class LoadingBar:
         self._screen, self._shown = screen, ""
 
     def __call__(self, done: int, total: int) -> None:
-        share = min(done / total, 1.0) if total else 1.0
-        size = max(10, min(40, width() - 40))
-        filled = int(share * size)
-        self.status(f"loading {'█' * filled}{'░' * (size - filled)} {share:4.0%} of {_bytes(total)}")
+        """Of the weights, in bytes."""
+        self.status(f"loading weights {_bar(done, total)} {_share(done, total):4.0%} of {_bytes(total)}")
+
+    def stage(self, what: str, done: int, total: int) -> None:
+        """Of what comes after the weights, in numbers."""
+        self.status(f"{what} {_bar(done, total)} {done}/{total}")
 
     def status(self, text: str) -> None:
         if self._screen.bars and text != self._shown:
@@ -126,6 +128,16 @@ class LoadingBar:
 def width() -> int:
     """Columns of the terminal, now; COLUMNS overrides."""
     return max(20, shutil.get_terminal_size().columns)
+
+
+def _share(done: int, total: int) -> float:
+    return min(done / total, 1.0) if total else 1.0
+
+
+def _bar(done: int, total: int) -> str:
+    size = max(10, min(40, width() - 40))
+    filled = int(_share(done, total) * size)
+    return "█" * filled + "░" * (size - filled)
 
 
 def _bytes(n: int) -> str:

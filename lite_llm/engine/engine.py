@@ -16,11 +16,13 @@ from lite_llm.config import ModelConfig
 from lite_llm.engine import runner
 from lite_llm.engine.prefix import NoPrefix, PrefixCache
 from lite_llm.engine.request import Request, TokenLogprobs
-from lite_llm.engine.runner import Runner, Say, Shape
+from lite_llm.engine.runner import Runner, Shape
 from lite_llm.engine.scheduler import Plan, Scheduler
 from lite_llm.engine.slots import SlotPool
 from lite_llm.engine.state import MAX_STOPS, DeviceState
 from lite_llm.errors import UsageError
+from lite_llm.ops import warm
+from lite_llm.ops.warm import Say
 
 
 @dataclass
@@ -81,8 +83,10 @@ class Engine:
     @torch.inference_mode()
     def warm(self, say: Say) -> None:
         """Compile every kernel and record every graph, so that no later step does."""
-        if self.stream:
+        if self.runner.fixed and self.stream:
             with self._on_stream():
+                with warm.ahead_of_time(self.kv.k.device, say):
+                    self.runner.warm()
                 self.runner.capture(say)
                 self.state.step.fill_(self.launched)
 

@@ -1,6 +1,6 @@
 """Runs steps on the device: each shape of step is one function, and on a GPU one CUDA graph of it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lite_llm import ops
 from lite_llm.batch import Batch, KVPool
 from lite_llm.engine.state import DeviceState
+from lite_llm.ops.warm import Say
 
 
 class Shape(NamedTuple):
@@ -28,9 +29,6 @@ DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PROMPTS = 32
 """Most prompts in one step of a graph."""
-
-Say = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is."""
 
 
 def shapes(max_requests: int, step_tokens: int) -> list[Shape]:
@@ -171,9 +169,7 @@ class Runner:
                 logits, rows, positions, s.counts, s.bias, s.biased, s.repetition, s.presence, s.frequency,
                 s.stop_ids, s.min_len,
             )  # fmt: skip
-        chosen = ops.sample(
-            logits, rows, positions, s.temperature, s.top_k, s.top_p, s.min_p, s.seeds, self.usable
-        )
+        chosen = ops.sample(logits, rows, positions, s.temperature, s.top_k, s.top_p, s.min_p, s.seeds, self.usable)
         ops.advance_(
             rows, positions, chosen, s.last, s.length, s.ended, s.stop_ids, s.min_len, s.max_len, s.counting, s.counts,
             s.ring, s.step,

@@ -186,7 +186,7 @@ def _check_length(chars: int, max_chars: int | None) -> None:
 
 def _load(path: Path, custom: bool) -> Any:
     try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
     except ImportError as error:
         raise EnvironmentProblem(
             f"transformers cannot be imported: {error}", hint="pip install transformers"
@@ -195,8 +195,12 @@ def _load(path: Path, custom: bool) -> Any:
     # What keeps the checkpoint's code out: with trust_remote_code=False (None would ask on the terminal) transformers
     # takes tokenizer and config classes from its own tables by name and raises for a class that only `auto_map` names.
     # A custom class with a tokenizer.json still works through the generic class, which reads nothing but that file.
-    options = {"local_files_only": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
+        if _json(path / "tokenizer_config.json").get("tokenizer_class"):
+            # Of the model's config only its type matters then; reading it whole would import the model, and take 1 s.
+            options["config"] = PreTrainedConfig(name_or_path=str(path))
+            options["config"].model_type = _json(path / "config.json").get("model_type", "")
         if custom and (path / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(path, **options)
         return AutoTokenizer.from_pretrained(path, **options)

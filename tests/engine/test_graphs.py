@@ -1,15 +1,17 @@
 """A step recorded as a CUDA graph is the step: bit for bit, at every context, batch and mix of wishes."""
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
-from lite_llm.config import EngineConfig
+from lite_llm.config import EngineConfig, ModelConfig
 from lite_llm.engine import runner
 from lite_llm.engine.build import Blueprint
 from lite_llm.engine.request import Request, SamplingParams
 from lite_llm.engine.runner import Shape
+from lite_llm.rope import Rope
 from lite_llm.weights.random import fill_random
 from tests.engine.models import tiny_config
 
@@ -41,11 +43,15 @@ def test_every_plan_fits_the_smallest_shape_that_holds_it():
                 assert prompts or shape == Shape(shape.decodes, 0, 0)
 
 
+def config_of(max_len: int) -> ModelConfig:
+    return dataclasses.replace(tiny_config(200, max_len), hidden=64, head_dim=16, rope=Rope(theta=100.0, rotary=16))
+
+
 def answers(seed: int, graphs: bool) -> list[tuple]:
     """Of thirty requests that come in at random. An engine that nobody warmed pads its steps but records nothing."""
     draw = random.Random(seed)
     config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=1500, context=500, max_requests=12, step_tokens=96)
-    engine = Blueprint(tiny_config(200, 600), config).build(lambda model: fill_random(model, seed))
+    engine = Blueprint(config_of(600), config).build(lambda model: fill_random(model, seed))
     if graphs:
         engine.warm(lambda *_: None)
     assert bool(engine.runner.graphs) == graphs
@@ -74,7 +80,7 @@ def test_graphs_and_eager_steps_say_the_same(seed):
 def test_a_replay_gives_the_bits_of_an_eager_step():
     torch.manual_seed(0)
     config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=3000, context=1000, max_requests=8, step_tokens=64)
-    engine = Blueprint(tiny_config(200, 1000), config).build(fill_random)
+    engine = Blueprint(config_of(1000), config).build(fill_random)
     engine.warm(lambda *_: None)
     run, state, i = engine.runner, engine.state, engine.runner._inputs
     table = 1 + torch.randperm(2999, device="cuda")[: 8 * 300].int().view(8, 300)

@@ -219,10 +219,10 @@ def test_segments_merge_alike_whoever_computes_them(monkeypatch, programs, windo
 
 
 def test_tickets_are_zero_again(monkeypatch):
-    kept, make = [], decoding.workspace
-    monkeypatch.setattr(decoding, "workspace", lambda *args: kept.append(make(*args)) or kept[-1])
-    case([500, 1, 300]).run()
-    assert not kept[0][2].any()
+    kept, make = [], decoding.tickets
+    monkeypatch.setattr(decoding, "tickets", lambda *args: kept.append(make(*args)) or kept[-1])
+    case([500, 1, 300, 0]).run()
+    assert not kept[0].any()
 
 
 def test_scores_of_any_size_give_no_nan():

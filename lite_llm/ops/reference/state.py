@@ -1,7 +1,7 @@
 """The state of decoding on the device: what a step reads of it, and what its tokens change.
 
 The tables have one row per request and a last one that is nobody's: steps of fewer requests are padded with it.
-A token at position p is the p-th (0-based) of its request. `length` counts the tokens whose K and V are cached, which is
+A token at position p is the p-th (0-based) of its request. `length` counts the tokens whose K and V are cached: that is
 the position of `last`, the token to be computed next.
 """
 
@@ -62,7 +62,7 @@ def advance_(
     They become `last`, their positions `length`; both [R], as are `ended`, `min_len`, `max_len`, `counting` (bool or
     int32). A request ends at an unusable token, at one of `stop_ids[R, S]` (-1: unused) from position `min_len` on, and
     when it has `max_len` tokens. `counts[R, V]` gains one at the token where the row is `counting`. For the CPU,
-    `ring[K, >= N]` gets the tokens at `[step % K, :N]`; it may be pinned memory of the CPU. A row that had ended before,
+    `ring[K, >= N]` gets the tokens at `[step % K, :N]`; it may be pinned memory. A row that had ended before,
     and the last one of the tables, stays as it is, with NO_TOKEN in the ring.
     """
     at = rows.long()

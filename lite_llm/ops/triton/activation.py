@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lite_llm.ops.triton.aot import AotCase
+from lite_llm.ops.triton.launch import pdl, release, wait
 from lite_llm.ops.triton.layout import FLOATS, check, row_stride
 
 _BLOCK = 1024
@@ -19,12 +20,17 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     if out.numel():
         # Rows first: only the first axis of a grid may pass 65,535.
-        _silu_mul_kernel[(out.numel() // width, triton.cdiv(width, _BLOCK))](gate_up, out, width, stride, _BLOCK)
+        dependent = pdl(gate_up.device)
+        _silu_mul_kernel[(out.numel() // width, triton.cdiv(width, _BLOCK))](
+            gate_up, out, width, stride, _BLOCK, dependent, launch_pdl=dependent
+        )
     return out
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, width, stride, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, width, stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait(PDL)
+    release(PDL)
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
@@ -41,7 +47,7 @@ def aot_cases(capability: int) -> list[AotCase]:
             name=f"silu_mul {dtype}",
             kernel=_silu_mul_kernel,
             signature={"gate_up": f"*{dtype}", "out": f"*{dtype}", "width": "i32", "stride": "i32"},
-            constexprs={"BLOCK": _BLOCK},
+            constexprs={"BLOCK": _BLOCK, "PDL": capability >= 90},
             attrs={"width": 16, "stride": 16},
         )
         for dtype in ("bf16", "fp32")

@@ -1,8 +1,11 @@
 """Flash-decoding: one new token per request over single-token slots, split over the keys (arXiv 2311.01282).
 
-A request's keys are cut into segments whose size depends on its own length alone, and partial results are merged in
-segment order, so its answer is the same to the last bit whatever shares the batch. How many segments one program takes
-depends on the batch, and changes no bit.
+The tiles of all requests, end to end, are dealt out in equal runs to as many programs as the GPU holds, each of which
+goes through its run in one loop. The lengths are on the device, so every program works out its run for itself.
+
+A request's keys are cut into segments whose size depends on its own length alone, no segment is shared between programs,
+and results are added up in segment order, wherever that happens: so its answer is the same to the last bit whatever
+shares the batch.
 """
 
 import functools
@@ -14,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lite_llm.ops.triton.aot import SHARED, AotCase
+from lite_llm.ops.triton.launch import pdl, prefetch, release, tickets, wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # a finite "no key yet": LOWEST - LOWEST is 0 where -inf - -inf is NaN
 
-SEGMENT = 128
+SEGMENT = 64
 """Keys in the smallest segment; the multiple of every BLOCK_N."""
 
 
@@ -26,17 +30,24 @@ class Tiles(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    programs: int  # on each multiprocessor
 
 
 def tiles(head_dim: int, itemsize: int, capability: int) -> Tiles:
-    """Keys per tile, warps and pipeline stages; K and V tiles of all stages fit in 99 KB where that is the limit."""
-    wide = triton.next_power_of_2(head_dim)
+    """A fact of model and GPU, never of the batch: of those that spill nothing, what keeps the most bytes on their way.
+
+    K and V tiles of all stages fit in 99 KB where that is the limit.
+    """
+    wide, large = triton.next_power_of_2(head_dim), SHARED.get(capability, 0) > 128 << 10
     if itemsize == 4:  # exact fp32 products run on the plain cores
-        return Tiles(32, 4, 3) if wide <= 64 else Tiles(16, 8 if wide == 128 else 4, 2)
-    large = SHARED.get(capability, 0) > 128 << 10
-    if wide == 128 and not large:  # four warps spill there for some groups, with Triton 3.6 or 3.9
-        return Tiles(64 if capability == 120 else 32, 8, 3)
-    return Tiles(64 if wide <= 64 or large else 32, 4, 3)
+        if wide == 128:
+            return Tiles(16 if capability in (90, 100) else 32, 8, 2, 2)
+        return Tiles(32, 4, 3, 2) if wide <= 64 else Tiles(16, 4, 2, 2)
+    if wide == 256:
+        return Tiles(64 if large else 32, 8, 3, 1)
+    if wide == 128:
+        return Tiles(32, 8, 3, 2) if capability == 120 else Tiles(64, 4, 3, 2 if large else 1)
+    return Tiles(64, 4, 3, 3)
 
 
 def max_segments(kv_heads: int) -> int:
@@ -48,41 +59,40 @@ def decode(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, out: Tensor, table: Tensor, rows: Tensor, kv_len: Tensor,
     decodes: int, scale: float, window: int | None,
 ) -> None:  # fmt: skip
-    """Write rows [0, decodes) of `out`; request b owns row b. Layouts are as `attend` has checked them."""
+    """Write rows [0, decodes) of `out`; request b owns row b. Layouts are as `attend` has checked them.
+
+    With PDL the kernel reads `table`, `rows` and `kv_len` while the one launched before it may still run: that one must
+    not write them. Whatever came earlier may have, if that one releases behind its wait, as `project_qkv_` does.
+    """
     heads, head_dim = q.shape[1:]
     kv_heads = k_pool.shape[1]
     shape = tiles(head_dim, q.element_size(), capability(q.device))
     limit = max_segments(kv_heads)
     span = table.shape[1] if window is None else min(table.shape[1], window + shape.block_n)
     segments = min(max(triton.cdiv(span, SEGMENT), 1), limit)
-    programs = min(triton.cdiv(4 * processors(q.device), decodes * kv_heads), segments)
-    partial, stats, tickets = workspace(decodes, heads, kv_heads, segments, head_dim, q.device)
-    _decode_kernel[(kv_heads, programs, decodes)](
-        q, k_pool, v_pool, out, table, rows, kv_len, partial, stats, tickets,
-        table.stride(0), segments, scale, window or 0,
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, SEGMENT=SEGMENT, MAX_SEGMENTS=limit,
-        WINDOWED=window is not None, BLOCK_N=shape.block_n, **padded(heads // kv_heads, head_dim),
-        num_warps=shape.num_warps, num_stages=shape.num_stages,
+    programs = min(max(shape.programs * processors(q.device) // kv_heads, 1), decodes * segments)
+    partial, stats = workspace(decodes, heads, segments, head_dim, q.device)
+    dependent = pdl(q.device)
+    _decode_kernel[(kv_heads, programs)](
+        q, k_pool, v_pool, out, table, rows, kv_len, partial, stats, tickets(decodes * kv_heads, q.device),
+        table.stride(0), decodes, segments, scale, window or 0,
+        KV_HEADS=kv_heads, **sizes(heads // kv_heads, head_dim), SEGMENT=SEGMENT, MAX_SEGMENTS=limit,
+        WINDOWED=window is not None, BLOCK_N=shape.block_n, PDL=dependent,
+        num_warps=shape.num_warps, num_stages=shape.num_stages, launch_pdl=dependent,
     )  # fmt: skip
 
 
-def workspace(
-    requests: int, heads: int, kv_heads: int, segments: int, head_dim: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Unnormalised outputs [requests, kv_heads, segments, group, head_dim], their (max, sum), and arrival tickets.
-
-    Tickets are zero before and after every launch: the last program to arrive resets its own.
-    """
+def workspace(requests: int, heads: int, segments: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Unnormalised outputs [requests, kv_heads, segments, group, head_dim] and their (max, sum)."""
     rows = requests * heads * segments
     partial = torch.empty(rows * head_dim, dtype=torch.float32, device=device)
-    stats = torch.empty(rows * 2, dtype=torch.float32, device=device)
-    return partial, stats, torch.zeros(requests * kv_heads, dtype=torch.int32, device=device)
+    return partial, torch.empty(rows * 2, dtype=torch.float32, device=device)
 
 
-def padded(group: int, head_dim: int) -> dict[str, int]:
-    """Powers of two that hold one key, one group, and a merge of 8k numbers."""
-    wide, group = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
-    return {"WIDE": wide, "WIDE_GROUP": group, "MERGE": max(8192 // (wide * group), 2)}
+def sizes(group: int, head_dim: int) -> dict[str, int]:
+    """Query heads of a KV head and features of a head, and the powers of two that hold them."""
+    wide_group, wide = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
+    return {"GROUP": group, "WIDE_GROUP": wide_group, "HEAD_DIM": head_dim, "WIDE": wide}
 
 
 @functools.cache
@@ -102,7 +112,9 @@ def processors(device: torch.device) -> int:
 def aot_cases(capability: int) -> list[AotCase]:
     sizes = [(d, "bf16", g, w) for d in (16, 32, 64, 80, 96, 112, 128, 256) for g, w in ((4, False), (4, True))]
     sizes += [(d, "fp32", 4, True) for d in (16, 32, 64, 80, 96, 112, 128, 256)]
-    sizes += [(128, "fp16", 4, False)] + [(128, "bf16", g, False) for g in (1, 2, 3, 5, 7, 8, 16)]
+    sizes += [(128, "fp16", 4, False), (64, "bf16", 7, False)] + [
+        (128, "bf16", g, False) for g in (1, 2, 3, 5, 7, 8, 16)
+    ]
     return [_case(capability, *size) for size in sizes]
 
 
@@ -110,137 +122,253 @@ def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool
     shape = tiles(head_dim, 4 if dtype == "fp32" else 2, capability)
     kinds = dict.fromkeys(("q", "k_pool", "v_pool", "out"), f"*{dtype}") | {"scale": "fp32"}
     kinds |= dict.fromkeys(("table", "rows", "kv_len", "tickets"), "*i32") | {"partial": "*fp32", "stats": "*fp32"}
-    kinds |= dict.fromkeys(("table_stride", "segments", "window"), "i32")
-    constants = {"KV_HEADS": 8, "GROUP": group, "HEAD_DIM": head_dim, "SEGMENT": SEGMENT, "WINDOWED": windowed}
-    constants |= {"MAX_SEGMENTS": max_segments(8), "BLOCK_N": shape.block_n} | padded(group, head_dim)
+    kinds |= dict.fromkeys(("table_stride", "decodes", "segments", "window"), "i32")
+    constants = {"KV_HEADS": 8, "SEGMENT": SEGMENT, "MAX_SEGMENTS": max_segments(8), "WINDOWED": windowed}
+    constants |= {"BLOCK_N": shape.block_n, "PDL": capability >= 90} | sizes(group, head_dim)
     name = f"decode-{dtype}-d{head_dim}-g{group}" + "-window" * windowed
-    unaligned = dict.fromkeys(_UNALIGNED, 1)
+    unaligned = dict.fromkeys(("table", "rows", "kv_len"), 1)
     return AotCase(
         name, _decode_kernel, kinds, constants, unaligned, shape.num_warps, shape.num_stages, SHARED[capability]
     )
 
 
-_UNALIGNED = ("table", "rows", "kv_len")
-
-
 @triton.jit(
-    do_not_specialize=["table_stride", "segments", "window"], do_not_specialize_on_alignment=["table", "rows", "kv_len"]
+    do_not_specialize=["table_stride", "decodes", "segments", "window"],
+    do_not_specialize_on_alignment=["table", "rows", "kv_len"],
 )
 def _decode_kernel(
     q, k_pool, v_pool, out, table, rows, kv_len, partial, stats, tickets,
-    table_stride, segments, scale, window,
+    table_stride, decodes, segments, scale, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, WIDE_GROUP: tl.constexpr,
-    SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, MERGE: tl.constexpr, WINDOWED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (h, p, b) takes the p-th run of segments of request b for KV head h and its GROUP query heads."""
-    kv_head, program, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length = tl.load(kv_len + request)
-    table += tl.load(rows + request).to(tl.int64) * table_stride
+    """Program (h, p) takes the p-th run of tiles, for KV head h and its GROUP query heads.
 
-    first = 0
-    if WINDOWED:
-        first = tl.maximum(length - window, 0)
-    origin = first // BLOCK_N * BLOCK_N
-    size = tl.maximum(tl.cdiv(tl.cdiv(length - origin, MAX_SEGMENTS), BLOCK_N) * BLOCK_N, SEGMENT)
-    used = tl.cdiv(length - origin, size)  # segments of this request
-    share = tl.maximum(tl.cdiv(used, tl.num_programs(1)), 1)  # segments of one program
-    active = tl.maximum(tl.cdiv(used, share), 1)  # programs with work; one of them if there are no keys
-    if program >= active:
+    It goes through its run in parts: all that it has of a request that it begins, one segment of one that it does not.
+    """
+    kv_head = tl.program_id(0)
+    share, request, base, left = _run(kv_len, decodes, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+    if left == 0:
+        wait(PDL)
         return
-    start = origin + program * share * size
-    stop = tl.minimum(start + share * size, length)
+    length = tl.load(kv_len + request)
+    _, origin, size, _ = _cut(length, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+    tile = tl.cdiv(tl.maximum(tl.program_id(1) * share - base, 0), size) * size  # of the request, where the run begins
+    k_pool += kv_head * HEAD_DIM
+    v_pool += kv_head * HEAD_DIM
+    if PDL:
+        mine = table + tl.load(rows + request).to(tl.int64) * table_stride
+        _ask(k_pool, v_pool, mine, origin + tile * BLOCK_N, length, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_N)
+        if left > 1:
+            _ask(k_pool, v_pool, mine, origin + (tile + 1) * BLOCK_N, length, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_N)
+    wait(PDL)
+    release(PDL)
 
     # GROUP query heads in 16 rows, the least that a tensor core takes.
     head = tl.arange(0, 16)
     col = tl.arange(0, WIDE)
     key = tl.arange(0, BLOCK_N)
+    scale *= LOG2E
+    done = 0  # segments of this request
+    while left > 0:
+        length = tl.load(kv_len + request)
+        first, origin, size, most = _cut(length, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+        part = tl.minimum(tl.minimum(tl.where(tile == 0, most, size), most - tile), left)
+        start = origin + tile * BLOCK_N
+        owner = request.to(tl.int64) * KV_HEADS + kv_head
+        real = (head < GROUP)[:, None] & (col < HEAD_DIM)[None, :]
+        cell = owner * (GROUP * HEAD_DIM) + head[:, None] * HEAD_DIM + col[None, :]
+        queries = tl.load(q + cell, real, other=0.0)
+
+        all_peak, all_total, all_acc = _nothing(WIDE)  # of the segments so far, in their order
+        peak, total, acc = _nothing(WIDE)  # of this segment
+        # The next tile's slots travel in a loop variable: loaded where they are used, they would stop the pipelining.
+        mine = table + tl.load(rows + request).to(tl.int64) * table_stride
+        slots = tl.load(mine + start + key, start + key < length, other=0)
+        for i in tl.range(part):
+            n = start + i * BLOCK_N
+            visible = n + key < length
+            if WINDOWED:
+                visible &= n + key >= first
+            at = slots.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + col[None, :]  # int64: a pool may pass 2**31
+            slots = tl.load(mine + n + BLOCK_N + key, n + BLOCK_N + key < length, other=0)
+            mask = visible[:, None]
+            if WIDE != HEAD_DIM:
+                mask &= (col < HEAD_DIM)[None, :]
+            k = tl.load(k_pool + at, mask, other=0.0)
+            scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.where(visible[None, :], scores, -float("inf"))
+            highest = tl.maximum(peak, tl.max(scores, 1))
+            weights = tl.exp2(scores - highest[:, None])
+            fade = tl.exp2(peak - highest)
+            total = total * fade + tl.sum(weights, 1)
+            v = tl.load(v_pool + at, mask, other=0.0)
+            acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+            peak = highest
+            if ((i + 1) % size == 0) | (i + 1 == part):
+                all_peak, all_total, all_acc = _add(all_peak, all_total, all_acc, peak, total, acc)
+                peak, total, acc = _nothing(WIDE)
+
+        left -= part
+        ends = tile + part == most
+        if ends & (tile == 0):
+            _put(out + owner * (GROUP * HEAD_DIM), all_total, all_acc, GROUP, HEAD_DIM)
+        else:
+            _keep(partial, stats, owner * segments + tile // size, all_peak, all_total, all_acc, GROUP, HEAD_DIM)
+            done += tl.cdiv(part, size)
+            if ends | (left == 0):
+                tl.debug_barrier()  # all threads have stored before one of them takes the ticket
+                used = tl.cdiv(most, size)
+                if tl.atomic_add(tickets + owner, done, sem="acq_rel", scope="gpu") + done == used:
+                    together = tl.cdiv((base // share + 1) * share - base, size)  # in the part that began the request
+                    _merge(
+                        partial, stats, out + owner * (GROUP * HEAD_DIM), owner * segments, together, used,
+                        GROUP, HEAD_DIM, WIDE_GROUP, WIDE,
+                    )  # fmt: skip
+                    tl.store(tickets + owner, 0)
+                done = 0
+        request += ends.to(tl.int32)
+        base += tl.where(ends, most, 0)
+        tile = tl.where(ends, 0, tile + part)
+
+
+@triton.jit
+def _cut(
+    length, window, WINDOWED: tl.constexpr, SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The first key in sight of requests of these lengths, the first of their first tile, tiles per segment, and tiles.
+
+    A request without keys has one tile, with nothing in it. Up to half of the segments are as short as may be, so that
+    one request alone fills a GPU; the others come when segments are long.
+    """
+    first = length * 0
+    if WINDOWED:
+        first = tl.maximum(length - window, 0)
+    origin = first // BLOCK_N * BLOCK_N
+    most = tl.maximum(tl.cdiv(length - origin, BLOCK_N), 1)
+    size = tl.minimum(tl.cdiv(most, MAX_SEGMENTS // 2), 8 * SEGMENT // BLOCK_N)
+    size = tl.maximum(tl.maximum(size, tl.cdiv(most, MAX_SEGMENTS)), SEGMENT // BLOCK_N)
+    return first, origin, size, most
+
+
+@triton.jit
+def _run(
+    kv_len, decodes, window,
+    WINDOWED: tl.constexpr, SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tiles in a fair share, and of this program's run: its first request, that one's first tile, and its tiles.
+
+    Tiles count through all requests. A program takes the segments whose first tile lies in its share.
+    """
+    some = tl.arange(0, 256)
+    whole = 0
+    for start in range(0, decodes, 256):
+        length = tl.load(kv_len + start + some, start + some < decodes, other=0)
+        _, _, _, most = _cut(length, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+        whole += tl.sum(tl.where(start + some < decodes, most, 0))
+    share = tl.cdiv(whole, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    end = begin + share
+
+    begun = decodes
+    base = 0
+    count = 0
+    before = 0
+    for start in range(0, decodes, 256):
+        length = tl.load(kv_len + start + some, start + some < decodes, other=0)
+        _, _, size, most = _cut(length, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+        most = tl.where(start + some < decodes, most, 0)
+        at = before + tl.cumsum(most) - most
+        low = tl.minimum(tl.cdiv(tl.maximum(begin - at, 0), size) * size, most)
+        high = tl.minimum(tl.cdiv(tl.maximum(end - at, 0), size) * size, most)
+        found = tl.min(tl.where(low < high, start + some, decodes))
+        base += tl.sum(tl.where((start + some == found) & (begun == decodes), at, 0))
+        begun = tl.minimum(begun, found)
+        count += tl.sum(high - low)
+        before += tl.sum(most)
+    return share, begun, base, count
+
+
+@triton.jit
+def _ask(k_pool, v_pool, mine, n, length, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask for the keys and values at [n, n + BLOCK_N) to come to L2 (for the slot of the pad behind the last)."""
+    LINE: tl.constexpr = 1024 // k_pool.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (HEAD_DIM + LINE - 1) // LINE
+    key = n + tl.arange(0, BLOCK_N)
+    at = tl.load(mine + key, key < length, other=0).to(tl.int64) * STRIDE
+    for line in tl.static_range(LINES):
+        prefetch(k_pool + at + line * LINE)
+        prefetch(v_pool + at + line * LINE)
+
+
+@triton.jit
+def _nothing(WIDE: tl.constexpr):
+    """Highest score, sum of weights and weighted values, of no keys."""
+    return tl.full([16], LOWEST, tl.float32), tl.zeros([16], tl.float32), tl.zeros([16, WIDE], tl.float32)
+
+
+@triton.jit
+def _add(peak, total, acc, more_peak, more_total, more_acc):
+    """The sums of some keys and of those behind them.
+
+    By fma, or the compiler would choose which product to round, here and there another, and the bits would depend on
+    who adds.
+    """
+    highest = tl.maximum(peak, more_peak)
+    fade, other = tl.exp2(peak - highest), tl.exp2(more_peak - highest)
+    total = tl.fma(total, fade, more_total * other)
+    acc = tl.fma(acc, tl.broadcast_to(fade[:, None], acc.shape), more_acc * other[:, None])
+    return highest, total, acc
+
+
+@triton.jit
+def _keep(partial, stats, place, peak, total, acc, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+    head = tl.arange(0, acc.shape[0])
+    col = tl.arange(0, acc.shape[1])
+    at = place * GROUP + head
+    tl.store(partial + at[:, None] * HEAD_DIM + col[None, :], acc, (head < GROUP)[:, None] & (col < HEAD_DIM)[None, :])
+    tl.store(stats + at * 2, peak, head < GROUP)
+    tl.store(stats + at * 2 + 1, total, head < GROUP)
+
+
+@triton.jit
+def _kept(
+    partial, stats, place, some, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE_GROUP: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """What `_keep` kept, or nothing. .cg: other programs wrote it, and this processor's L1 may not know."""
+    head = tl.arange(0, WIDE_GROUP)
+    col = tl.arange(0, WIDE)
+    at = place * GROUP + head
+    mine = head < tl.where(some, GROUP, 0)
+    peak = tl.load(stats + at * 2, mine, LOWEST, cache_modifier=".cg")
+    total = tl.load(stats + at * 2 + 1, mine, 0.0, cache_modifier=".cg")
+    cells = mine[:, None] & (col < HEAD_DIM)[None, :]
+    acc = tl.load(partial + at[:, None] * HEAD_DIM + col[None, :], cells, 0.0, cache_modifier=".cg")
+    return peak, total, acc
+
+
+@triton.jit
+def _put(out, total, acc, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+    head = tl.arange(0, acc.shape[0])
+    col = tl.arange(0, acc.shape[1])
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     real = (head < GROUP)[:, None] & (col < HEAD_DIM)[None, :]
-    at = ((request * KV_HEADS + kv_head) * GROUP + head)[:, None] * HEAD_DIM + col[None, :]
-    queries = tl.load(q + at, real, other=0.0)
-    k_pool += kv_head * HEAD_DIM
-    v_pool += kv_head * HEAD_DIM
-    row = (request * KV_HEADS + kv_head) * segments * GROUP  # of the workspace
-
-    peak = tl.full([16], LOWEST, tl.float32)
-    total = tl.zeros([16], tl.float32)
-    acc = tl.zeros([16, WIDE], tl.float32)
-    end = start + size  # of the segment
-    # The next tile's slots travel in a loop variable: loaded where they are used, they would stop the pipelining.
-    slots = tl.load(table + start + key, start + key < stop, other=0)
-    for n in tl.range(start, stop, BLOCK_N):
-        visible = n + key < stop
-        if WINDOWED:
-            visible &= n + key >= first
-        offset = slots.to(tl.int64) * (KV_HEADS * HEAD_DIM)  # int64: slots * kv_heads * head_dim passes 2**31
-        slots = tl.load(table + n + BLOCK_N + key, n + BLOCK_N + key < stop, other=0)
-        at_keys = offset[:, None] + col[None, :]
-        mask = visible[:, None]
-        if WIDE != HEAD_DIM:
-            mask &= (col < HEAD_DIM)[None, :]
-        k = tl.load(k_pool + at_keys, mask, other=0.0)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-        scores = tl.where(visible[None, :], scores, -float("inf"))
-        highest = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - highest[:, None])
-        fade = tl.exp2(peak - highest)
-        total = total * fade + tl.sum(weights, 1)
-        v = tl.load(v_pool + at_keys, mask, other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-        peak = highest
-        if (n + BLOCK_N >= tl.minimum(end, stop)) & (used > 1):
-            to = row + ((n - origin) // size) * GROUP + head
-            tl.store(partial + to[:, None] * HEAD_DIM + col[None, :], acc, real)
-            tl.store(stats + to * 2, peak, head < GROUP)
-            tl.store(stats + to * 2 + 1, total, head < GROUP)
-            peak = tl.full([16], LOWEST, tl.float32)
-            total = tl.zeros([16], tl.float32)
-            acc = tl.zeros([16, WIDE], tl.float32)
-            end += size
-
-    if used <= 1:
-        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-        tl.store(out + at, acc.to(out.dtype.element_ty), real)
-    else:
-        tl.debug_barrier()  # all threads have stored before one of them takes the ticket
-        ticket = tickets + request * KV_HEADS + kv_head
-        if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == active - 1:
-            _merge(
-                partial, stats, out, row, (request * KV_HEADS + kv_head) * GROUP, used,
-                GROUP, HEAD_DIM, WIDE, WIDE_GROUP, MAX_SEGMENTS, MERGE,
-            )  # fmt: skip
-            tl.store(ticket, 0)
+    tl.store(out + head[:, None] * HEAD_DIM + col[None, :], acc.to(out.dtype.element_ty), real)
 
 
 @triton.jit
 def _merge(
-    partial, stats, out, row, out_row, used,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, WIDE_GROUP: tl.constexpr,
-    MAX_SEGMENTS: tl.constexpr, MERGE: tl.constexpr,
+    partial, stats, out, place, together, used,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE_GROUP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Add up the segments of one request and KV head, in their order, and write the group's rows of `out`."""
-    head = tl.arange(0, WIDE_GROUP)
-    col = tl.arange(0, WIDE)
-    segment = tl.arange(0, MAX_SEGMENTS)
-    mine = (segment < used)[:, None] & (head < GROUP)[None, :]
-    # .cg: other programs wrote these, and this processor's L1 may not know.
-    peaks = tl.load(stats + (row + segment[:, None] * GROUP + head[None, :]) * 2, mine, LOWEST, cache_modifier=".cg")
-    highest = tl.max(peaks, 0)
-
-    total = tl.zeros([WIDE_GROUP], tl.float32)
-    acc = tl.zeros([WIDE_GROUP, WIDE], tl.float32)
-    some = tl.arange(0, MERGE)
-    for first in tl.range(0, used, MERGE):
-        here = (first + some < used)[:, None] & (head < GROUP)[None, :]
-        at = row + (first + some)[:, None] * GROUP + head[None, :]
-        peak = tl.load(stats + at * 2, here, LOWEST, cache_modifier=".cg")
-        sums = tl.load(stats + at * 2 + 1, here, 0.0, cache_modifier=".cg")
-        fade = tl.exp2(peak - highest[None, :])
-        total += tl.sum(sums * fade, 0)
-        real = here[:, :, None] & (col < HEAD_DIM)[None, None, :]
-        terms = tl.load(partial + at[:, :, None] * HEAD_DIM + col[None, None, :], real, 0.0, cache_modifier=".cg")
-        acc += tl.sum(terms * fade[:, :, None], 0)
-
-    real = (head < GROUP)[:, None] & (col < HEAD_DIM)[None, :]
-    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    tl.store(out + (out_row + head)[:, None] * HEAD_DIM + col[None, :], acc.to(out.dtype.element_ty), real)
+    """Add up the segments of one request and KV head in their order; the first `together` are one sum already."""
+    ASKED: tl.constexpr = min(max(4096 // (WIDE_GROUP * WIDE), 2), 8)  # segments on their way at a time
+    peak, total, acc = _kept(partial, stats, place, used > 0, GROUP, HEAD_DIM, WIDE_GROUP, WIDE)
+    for first in tl.range(together, used, ASKED, num_stages=1):
+        for i in tl.static_range(ASKED):
+            one = first + i
+            more = _kept(partial, stats, place + one, one < used, GROUP, HEAD_DIM, WIDE_GROUP, WIDE)
+            peak, total, acc = _add(peak, total, acc, more[0], more[1], more[2])
+    _put(out, total, acc, GROUP, HEAD_DIM)

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lite_llm.ops.triton.aot import AotCase
+from lite_llm.ops.triton.launch import pdl, release, wait
 from lite_llm.ops.triton.layout import FLOATS, INTS, check, row_stride
 
 _BLOCK = 1024
@@ -20,12 +21,17 @@ def embed(tokens: Tensor, weight: Tensor) -> Tensor:
     stride = row_stride("weight", weight)
     out = weight.new_empty(*tokens.shape, width)
     if out.numel():
-        _embed_kernel[(tokens.numel(), triton.cdiv(width, _BLOCK))](tokens, weight, out, vocab, width, stride, _BLOCK)
+        dependent = pdl(tokens.device)
+        _embed_kernel[(tokens.numel(), triton.cdiv(width, _BLOCK))](
+            tokens, weight, out, vocab, width, stride, _BLOCK, dependent, launch_pdl=dependent
+        )
     return out
 
 
-@triton.jit
-def _embed_kernel(tokens, weight, out, vocab, width, stride, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["tokens"])
+def _embed_kernel(tokens, weight, out, vocab, width, stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait(PDL)
+    release(PDL)
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = col < width
@@ -40,10 +46,10 @@ def aot_cases(capability: int) -> list[AotCase]:
         AotCase(
             name=f"embed {dtype}",
             kernel=_embed_kernel,
-            signature={"tokens": "*i64", "weight": f"*{dtype}", "out": f"*{dtype}"}
+            signature={"tokens": "*i32", "weight": f"*{dtype}", "out": f"*{dtype}"}
             | dict.fromkeys(("vocab", "width", "stride"), "i32"),
-            constexprs={"BLOCK": _BLOCK},
-            attrs={"width": 16, "stride": 16},
+            constexprs={"BLOCK": _BLOCK, "PDL": capability >= 90},
+            attrs={"tokens": 4, "width": 16, "stride": 16},
         )
         for dtype in ("bf16", "fp32")
     ]

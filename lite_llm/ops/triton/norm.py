@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lite_llm.ops.triton.aot import AotCase
+from lite_llm.ops.triton.launch import pdl, release, wait
 from lite_llm.ops.triton.layout import FLOATS, check, row_stride
 
 MAX_WIDTH = 16384
@@ -30,9 +31,11 @@ def _launch(residual: Tensor, x: Tensor, weight: Tensor, eps: float, *, add: boo
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows := x.numel() // width:
         block, num_warps = _blocks(width)
+        dependent = pdl(x.device)
         _rms_norm_kernel[(rows,)](
-            residual, x, weight, out, width, residual_stride, x_stride, eps, add, block, num_warps=num_warps
-        )
+            residual, x, weight, out, width, residual_stride, x_stride, eps, add, block, dependent,
+            num_warps=num_warps, launch_pdl=dependent,
+        )  # fmt: skip
     return out
 
 
@@ -43,11 +46,15 @@ def _blocks(width: int) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=["eps"])
 def _rms_norm_kernel(
-    residual, x, weight, out, width, residual_stride, x_stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+    residual, x, weight, out, width, residual_stride, x_stride, eps,
+    ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # int64: rows * width passes 2**31 at 500k tokens
     col = tl.arange(0, BLOCK)
     mask = col < width
+    w = tl.load(weight + col, mask, other=0.0)
+    wait(PDL)
+    release(PDL)
 
     dtype = out.dtype.element_ty
     h = tl.load(x + row * x_stride + col, mask, other=0.0).to(tl.float32)
@@ -57,8 +64,7 @@ def _rms_norm_kernel(
         tl.store(residual + row * residual_stride + col, h.to(dtype), mask)
 
     h *= tl.rsqrt(tl.sum(h * h) / width + eps)
-    w = tl.load(weight + col, mask, other=0.0).to(tl.float32)
-    tl.store(out + row * width + col, (h.to(dtype).to(tl.float32) * w).to(dtype), mask)
+    tl.store(out + row * width + col, (h.to(dtype).to(tl.float32) * w.to(tl.float32)).to(dtype), mask)
 
 
 def aot_cases(capability: int) -> list[AotCase]:
@@ -70,7 +76,7 @@ def aot_cases(capability: int) -> list[AotCase]:
             signature=dict.fromkeys(("residual", "x", "weight", "out"), f"*{dtype}")
             | dict.fromkeys(("width", "residual_stride", "x_stride"), "i32")
             | {"eps": "fp32"},
-            constexprs={"ADD": add, "BLOCK": block},
+            constexprs={"ADD": add, "BLOCK": block, "PDL": capability >= 90},
             attrs=dict.fromkeys(("width", "residual_stride", "x_stride"), 16),
             num_warps=num_warps,
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lite_llm.ops.triton.aot import AotCase
 from lite_llm.ops.triton.kv import check_pools
+from lite_llm.ops.triton.launch import pdl, release, wait
 from lite_llm.ops.triton.layout import FLOATS, INTS, check, row_stride, token_stride
 
 _HEADS = 4  # per program: short chains of loads, and enough programs at one token
@@ -21,7 +22,11 @@ def rope_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = _check_tables(positions, cos, sin, x, tokens, head_dim)
     if x.numel():
         grid = (tokens, triton.cdiv(heads, _HEADS))
-        _rope_kernel[grid](x, positions, cos, sin, heads, stride, head_dim, half, *_blocks(head_dim, half)[:1], _HEADS)
+        dependent = pdl(x.device)
+        _rope_kernel[grid](
+            x, positions, cos, sin, heads, stride, head_dim, half, *_blocks(head_dim, half)[:1], _HEADS, dependent,
+            launch_pdl=dependent,
+        )  # fmt: skip
     return x
 
 
@@ -59,9 +64,11 @@ def rope_store_kv_(
     q = qkv.new_empty(tokens, heads, head_dim)
     if tokens:
         grid = (tokens, triton.cdiv(heads + 2 * kv_heads, _HEADS))
+        dependent = pdl(qkv.device)
         _rope_store_kv_kernel[grid](
             q, k_pool, v_pool, qkv, positions, slots, cos, sin, q_norm, k_norm, eps, heads, kv_heads,
-            qkv_stride, *pool_strides, head_dim, half, *_blocks(head_dim, half), _HEADS,
+            qkv_stride, *pool_strides, head_dim, half, *_blocks(head_dim, half), _HEADS, dependent,
+            launch_pdl=dependent,
         )  # fmt: skip
     return q
 
@@ -93,11 +100,13 @@ def _turn(a, b, cos, sin, position, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr
     return a * c - b * s, b * c + a * s
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions"])
 def _rope_kernel(
     x, positions, cos, sin, heads, stride,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait(PDL)
+    release(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     col = tl.arange(0, HALF_BLOCK)
@@ -130,13 +139,15 @@ def _put(q, k_pool, v_pool, q_at, k_at, v_at, x, is_q, is_k, is_v, col, mask):
     tl.store(v_pool + v_at[:, None] + col[None, :], x, is_v[:, None] & mask[None, :])
 
 
-@triton.jit(do_not_specialize=["eps"])
+@triton.jit(do_not_specialize=["eps"], do_not_specialize_on_alignment=["positions", "slots"])
 def _rope_store_kv_kernel(
     q, k_pool, v_pool, qkv, positions, slots, cos, sin, q_norm, k_norm, eps, heads, kv_heads,
     qkv_stride, k_pool_stride, v_pool_stride,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait(PDL)
+    release(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -182,14 +193,14 @@ def _rope_store_kv_kernel(
 
 def aot_cases(capability: int) -> list[AotCase]:
     strides = ("qkv_stride", "k_pool_stride", "v_pool_stride")
-    tables = {"positions": "*i64", "cos": "*fp32", "sin": "*fp32"}
+    tables = {"positions": "*i32", "cos": "*fp32", "sin": "*fp32"}
 
     def rope(dtype: str) -> AotCase:
         return AotCase(
             name=f"rope {dtype} 128",
             kernel=_rope_kernel,
             signature={"x": f"*{dtype}", "heads": "i32", "stride": "i32"} | tables,
-            constexprs={"HEAD_DIM": 128, "HALF": 64, "HALF_BLOCK": 64, "HEADS": _HEADS},
+            constexprs={"HEAD_DIM": 128, "HALF": 64, "HALF_BLOCK": 64, "HEADS": _HEADS, "PDL": capability >= 90},
             attrs={"stride": 16},
         )
 
@@ -202,10 +213,10 @@ def aot_cases(capability: int) -> list[AotCase]:
             signature=dict.fromkeys(("q", "k_pool", "v_pool", "qkv"), f"*{dtype}")
             | dict.fromkeys(norms if norm else (), f"*{dtype}")
             | dict.fromkeys(("heads", "kv_heads", *strides), "i32")
-            | {"slots": "*i64", "eps": "fp32"}
+            | {"slots": "*i32", "eps": "fp32"}
             | tables,
             constexprs={"HEAD_DIM": head_dim, "HALF": half, "HALF_BLOCK": half_block, "REST_BLOCK": rest_block}
-            | {"HEADS": _HEADS}
+            | {"HEADS": _HEADS, "PDL": capability >= 90}
             | dict.fromkeys(() if norm else norms),
             attrs=dict.fromkeys(strides, 16),
         )

@@ -1,0 +1,79 @@
+"""The floor of a decode step: every weight once, every cached key and value once, against measured ceilings."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lite_llm.config import EngineConfig, HFConfig
+from lite_llm.engine import roofline
+from lite_llm.engine.build import Blueprint
+from lite_llm.engine.roofline import Ceilings, Cost, floor, step_costs
+from lite_llm.errors import DoesNotFit
+from lite_llm.models import registry, shapes
+
+ROOF = Ceilings(copy=4e12, matmul=800e12)
+
+
+def config(shape: str):
+    return registry.parse(HFConfig(shapes.shape_config(shape)))
+
+
+@pytest.mark.parametrize("shape", ["llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "qwen3-0.6b", "qwen2.5-7b"])
+def test_a_step_reads_every_weight_once(shape):
+    cfg = config(shape)
+    plan = Blueprint(config(f"tiny-{shape}"), EngineConfig(device="cpu", dtype="bfloat16")).plan
+    tiny = config(f"tiny-{shape}")
+    for facts, weights in ((tiny, plan.weights), (cfg, None)):
+        read = sum(cost.bytes for cost in step_costs(facts, 2, requests=0, context=0))
+        embedding = 0 if facts.tied_head else facts.vocab * facts.hidden * 2
+        assert weights is None or read + embedding == weights
+        assert read > 2 * facts.num_layers * 3 * facts.hidden * facts.ffn
+
+
+def test_known_models_have_known_floors():
+    one = step_costs(config("llama-3.2-1b"), 2, requests=1, context=512)
+    assert sum(cost.bytes for cost in one) == pytest.approx(2.488e9, rel=1e-3)
+    assert floor(one, ROOF) == pytest.approx(2.488e9 / 4e12, rel=1e-3)  # nothing but memory at batch 1
+    eight = step_costs(config("llama-3.1-8b"), 2, requests=1, context=0)
+    assert sum(cost.bytes for cost in eight) == pytest.approx(15.01e9, rel=1e-3)  # its embedding is not read
+
+
+def test_keys_and_values_are_read_once_per_request_and_layer():
+    cfg = config("llama-3.2-1b")
+    costs = {cost.name: cost for cost in step_costs(cfg, 2, requests=64, context=1000)}
+    assert costs["attention"].bytes == 64 * 1000 * 16 * 2 * 8 * 64 * 2
+    assert costs["gate_up"].bytes == step_costs(cfg, 2, 1, 1)[5].bytes
+    assert costs["gate_up"].flops == 64 * 16 * 2 * 2048 * 2 * 8192
+
+
+def test_a_window_ends_what_attention_reads():
+    cfg = config("mistral-7b-v0.1")
+    assert cfg.windows[0] == 4096
+    near, far = (next(c for c in step_costs(cfg, 2, 1, n) if c.name == "attention") for n in (4096, 30000))
+    assert near == far
+    free = dataclasses.replace(cfg, windows=(None,) * cfg.num_layers)
+    assert next(c for c in step_costs(free, 2, 1, 30000) if c.name == "attention").bytes > near.bytes
+
+
+def test_a_class_meets_the_nearer_ceiling():
+    assert Cost("head", 1, bytes=4_000_000, flops=800).floor(ROOF) == 1e-6
+    assert Cost("head", 1, bytes=4, flops=800_000_000).floor(ROOF) == 1e-6
+
+
+def test_the_ceilings_of_this_machine(monkeypatch):
+    monkeypatch.setattr(roofline, "_WIDTH", {"cuda": 1024, "cpu": 128})
+    found = Ceilings.measure(torch.device("cpu"), torch.float32, most=1 << 26)
+    assert found.copy > 1e8 and found.matmul > 1e7
+
+
+def test_too_little_memory_is_said(monkeypatch):
+    monkeypatch.setattr(roofline, "free_memory", lambda device: 1 << 20)
+    with pytest.raises(DoesNotFit, match="free"):
+        roofline.copy_rate("cpu")
+
+
+@pytest.mark.gpu
+def test_the_ceilings_of_a_gpu():
+    found = Ceilings.measure(torch.device("cuda"), torch.bfloat16, most=1 << 30)
+    assert found.copy > 1e11 and found.matmul > 1e13
