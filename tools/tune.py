@@ -45,11 +45,11 @@ GRIDS = {  # tried in all combinations that fit, the nearest to the present tile
 FIELDS = {  # tried one after the other, once the grid has a winner
     "gemv": {
         "ahead": (0, 1 << 21, 1 << 22, 1 << 23, 1 << 24, 3 << 23), "evict_first": (False, True), "release": (0, 1, 2),
-        "own": (0, 256, 512, 1024),
+        "own": (0, 256, 512, 1024, 2048, 4096),
     },
     "skinny": {
-        "stages": (2, 3, 4, 5, 6), "fuse_norm": (False, True), "own": (0, 128, 256, 512),
-        "tokens": (8, 16, 32, 64, 128), "ahead": (0, 1 << 20, 1 << 22, 1 << 23), "release": (0, 1, 2),
+        "stages": (2, 3, 4, 5, 6), "fuse_norm": (False, True), "own": (0, 128, 256, 512, 1024, 2048),
+        "tokens": (8, 16, 32, 64, 128), "ahead": (0, 1 << 20, 1 << 22, 1 << 23, 1 << 24), "release": (0, 1, 2),
     },
 }  # fmt: skip
 
@@ -87,6 +87,7 @@ def tune(args: argparse.Namespace) -> None:
             timer = Timer(chain, choices, args.workers)
             print(f"{name}: {timer.summary(choices, copy)}", flush=True)
             parts = [part for part in PARTS if part in args.parts and tokens >= weights.least(part)]
+            parts *= args.rounds
             for left, part in zip(range(len(parts), 0, -1), parts):
                 until = time.monotonic() + (stop - time.monotonic()) / left
                 found = search(timer, part, choices, hints.get(part), until)
@@ -296,6 +297,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--context", type=int, default=512, help="keys that each request sees (at most 1024)")
     parser.add_argument("--minutes", type=float, default=15.0, help="for everything together")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each matmul is tuned: the others move too")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), help="threads that compile")
     parser.add_argument("--out", type=Path, help="another file than this GPU's table")
     return parser.parse_args(arguments)

@@ -3,6 +3,7 @@
 Every slot of the pool is at any time the pad slot, free, owned by the prefix cache, or held by one running request.
 """
 
+import itertools
 from collections import deque
 
 from lite_llm.engine.prefix import NoPrefix, PrefixCache
@@ -13,7 +14,7 @@ from lite_llm.errors import ContextExceeded
 Plan = list[tuple[Request, int]]
 """Requests and by how many tokens each advances; those whose token the device holds come first."""
 
-RUN = 16
+RUN = 64
 """Slots that a decoding request gets at a time, while there are plenty: the device hears of them once."""
 
 
@@ -69,6 +70,8 @@ class Scheduler:
             plan.append((request, n))
             spare -= n
             prompts -= not request.decoding
+        if any(len(request.slots) > request.written for request in self.running):
+            self._stock()
         return sorted(plan, key=lambda entry: not entry[0].decoding)
 
     def launched(self, plan: Plan) -> None:
@@ -145,11 +148,18 @@ class Scheduler:
         need = max(n - have, 0)
         if need > self.slots.free_count:
             self.slots.free(self.prefix.evict(need - self.slots.free_count))
-        if need and request.decoding:
-            plenty = (self.slots.free_count - need) // (4 * len(self.running))
-            need += min(RUN - 1, plenty, request.max_len - len(request.slots) - need)
         request.slots += self.slots.alloc(need, after=request.slots[-1] if request.slots else None)
         return n
+
+    def _stock(self) -> None:
+        """The device is told of new slots anyway: give all that decode some to go on with, if there are plenty."""
+        prompts = [*(r for r in self.running if not r.decoding), *itertools.islice(self.waiting, 1)]
+        plenty = (self.slots.free_count - sum(r.pending for r in prompts)) // (4 * len(self.running))
+        for request in self.running:
+            spare = len(request.slots) - request.cached
+            if request.decoding and spare < RUN // 2:
+                more = min(RUN - spare, plenty, request.max_len - len(request.slots))
+                request.slots += self.slots.alloc(max(more, 0), after=request.slots[-1])
 
     def _preempt(self, request: Request) -> None:
         request.preemptions += 1

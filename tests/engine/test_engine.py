@@ -128,6 +128,12 @@ def test_a_token_that_ended_an_answer_on_the_device_counts_as_computed_nowhere(a
     assert follow.prefix_hit == len(first.ids) - 1
 
 
+def test_no_step_is_launched_for_a_token_behind_the_last():
+    rig = Rig(ahead=2)
+    rig.answers(ask([1, 2], max_tokens=3))
+    assert rig.model.calls == 3
+
+
 def test_step_returns_who_got_a_token_and_an_idle_engine_does_nothing():
     rig = Rig(rows=2, step_tokens=4)
     assert rig.engine.idle and rig.step() == []

@@ -77,6 +77,7 @@ def test_graphs_and_eager_steps_say_the_same(seed):
 
 
 @pytest.mark.gpu
+@torch.inference_mode()
 def test_a_replay_gives_the_bits_of_an_eager_step():
     torch.manual_seed(0)
     config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=3000, context=1000, max_requests=8, step_tokens=64)

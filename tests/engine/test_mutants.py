@@ -49,6 +49,7 @@ def scheduler() -> None:
 def engine() -> None:
     for seed in range(8):
         test_engine.test_disorder_changes_no_answer(seed, seed % 4, seed % 3 == 0)
+    test_engine.test_no_step_is_launched_for_a_token_behind_the_last()
     test_engine.test_a_token_that_ended_an_answer_on_the_device_counts_as_computed_nowhere(2)
     test_sampling.test_a_batch_of_different_wishes_changes_nobody(25, 4, 4, True)
     test_sampling.test_the_end_of_an_answer()

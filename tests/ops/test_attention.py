@@ -209,13 +209,31 @@ def test_a_prompt_in_chunks_is_the_same_to_the_bit():
 
 @pytest.mark.parametrize("programs", [1, 3, 100])
 @pytest.mark.parametrize("window", [None, 700])
-def test_segments_merge_alike_whoever_computes_them(monkeypatch, programs, window):
-    """Segments that grow with the length (16 at most), one or several for each program, and a full merge."""
+def test_segments_add_up_alike_whoever_computes_them(monkeypatch, programs, window):
+    """One long request among short ones: runs of many requests, of one, and of a single segment."""
     monkeypatch.setattr(decoding, "max_segments", lambda kv_heads: 16)
-    c = case([2500, 1, 129, 0, 1100], heads=2, kv_heads=1, head_dim=16, window=window)
+    c = case([70, 2500, 1, 129, 0, 1100, 0], heads=2, kv_heads=1, head_dim=16, window=window)
     want = check(c)
     monkeypatch.setattr(decoding, "processors", lambda device: programs)
     assert torch.equal(c.run(), want)
+
+
+@pytest.mark.parametrize("programs", [2, 40])
+def test_more_requests_than_one_look_at_their_lengths(monkeypatch, programs):
+    """Also that requests without keys may stand anywhere, a run of nothing else included."""
+    monkeypatch.setattr(decoding, "processors", lambda device: programs)
+    lengths = [b % 4 for b in range(250)] + [0] * 20 + [150, 1, 90]
+    check(case(lengths, heads=1, kv_heads=1, head_dim=16))
+
+
+@GPU
+@pytest.mark.parametrize("window", [None, 300])
+def test_launched_as_a_dependent_or_not_is_the_same_to_the_bit(monkeypatch, window):
+    c = case([3000, 1, 700, 0, 129, 200], None, 8, 2, 64, torch.bfloat16, window)
+    got = [c.run() for _ in range(20)]
+    monkeypatch.setattr(decoding, "pdl", lambda device: False)
+    want = c.run()
+    assert all(torch.equal(one, want) for one in got)
 
 
 def test_tickets_are_zero_again(monkeypatch):

@@ -1,11 +1,11 @@
 """Flash-decoding: one new token per request over single-token slots, split over the keys (arXiv 2311.01282).
 
-The tiles of all requests, end to end, are dealt out in equal runs to as many programs as the GPU holds, each of which
-goes through its run in one loop. The lengths are on the device, so every program works out its run for itself.
+The tiles of all requests, end to end, are dealt out in equal runs to as many programs as the GPU holds at a time. The
+lengths are on the device, so each program works out its run for itself, and one grid serves every batch of that size.
 
-A request's keys are cut into segments whose size depends on its own length alone, no segment is shared between programs,
-and results are added up in segment order, wherever that happens: so its answer is the same to the last bit whatever
-shares the batch.
+A request's keys are cut into segments whose size depends on its own length alone. No segment is shared by two programs,
+and results are added up in segment order, in whatever program that happens: so a request's answer is the same to the
+last bit whatever shares the batch.
 """
 
 import functools
@@ -41,13 +41,13 @@ def tiles(head_dim: int, itemsize: int, capability: int) -> Tiles:
     wide, large = triton.next_power_of_2(head_dim), SHARED.get(capability, 0) > 128 << 10
     if itemsize == 4:  # exact fp32 products run on the plain cores
         if wide == 128:
-            return Tiles(16 if capability in (90, 100) else 32, 8, 2, 2)
-        return Tiles(32, 4, 3, 2) if wide <= 64 else Tiles(16, 4, 2, 2)
+            return Tiles(16 if capability == 90 else 32, 4 if capability == 100 else 8, 2, 2)
+        return Tiles(32, 4, 3 if capability == 90 else 2, 2) if wide <= 64 else Tiles(16, 4, 2, 2)
     if wide == 256:
         return Tiles(64 if large else 32, 8, 3, 1)
     if wide == 128:
         return Tiles(32, 8, 3, 2) if capability == 120 else Tiles(64, 4, 3, 2 if large else 1)
-    return Tiles(64, 4, 3, 3)
+    return Tiles(64, 8 if wide == 64 and capability >= 100 else 4, 3, 3)
 
 
 def max_segments(kv_heads: int) -> int:
@@ -364,7 +364,7 @@ def _merge(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE_GROUP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add up the segments of one request and KV head in their order; the first `together` are one sum already."""
-    ASKED: tl.constexpr = min(max(4096 // (WIDE_GROUP * WIDE), 2), 8)  # segments on their way at a time
+    ASKED: tl.constexpr = max(min(4096 // (WIDE_GROUP * WIDE), WIDE // 8), 2)  # segments on their way at a time
     peak, total, acc = _kept(partial, stats, place, used > 0, GROUP, HEAD_DIM, WIDE_GROUP, WIDE)
     for first in tl.range(together, used, ASKED, num_stages=1):
         for i in tl.static_range(ASKED):
