@@ -40,7 +40,7 @@ REPLAYS, DROP, KEEP = 6, 1.02, 0.9985  # of a sample; slower is not looked at ag
 
 GRIDS = {  # tried in all combinations that fit, the nearest to the present tile first
     "gemv": {"rows": (1, 2, 4, 8, 16), "columns": (512, 1024, 2048, 4096), "warps": (1, 2, 4, 8)},
-    "skinny": {"rows": (32, 64, 128, 256), "columns": (64, 128, 256), "warps": (4, 8), "splits": (1, 2, 4, 8)},
+    "skinny": {"rows": (16, 32, 64, 128), "columns": (64, 128, 256), "warps": (2, 4, 8), "splits": (1, 2, 4, 8)},
 }
 FIELDS = {  # tried one after the other, once the grid has a winner
     "gemv": {
@@ -126,6 +126,9 @@ def others(chain: Chain, part: str, best: Choice, hint: Choice | None) -> Iterat
     tile = skinny.default(*key, chain.tokens, capability(chain.weights.device))
     yield Choice("skinny", tile)
     yield Choice("skinny", tile._replace(tokens=_wide(chain.tokens)))
+    for rows, columns, splits in itertools.product((32, 64), (64, 128, 256), (1, 2, 4, 8)):  # in registers
+        small = tile._replace(rows=rows, columns=columns, warps=4, stages=1, splits=splits, own=0)
+        yield Choice("skinny", small._replace(fuse_norm=tile.tokens <= 32 and part not in ("down", "out")))
 
 
 def grid(chain: Chain, part: str, best: Choice, hint: Choice | None) -> list[Choice]:

@@ -5,6 +5,7 @@ they land, up to `ahead` steps later; what a request said beyond its end is then
 """
 
 import contextlib
+import functools
 from collections import deque
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ class Engine:
         """
         self.model, self.cfg, self.kv, self.ahead = model, cfg, kv, ahead
         device = kv.k.device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = _stream(device) if device.type == "cuda" else None
         if self.stream:
             torch.cuda.synchronize(device)
         prefix = PrefixCache() if prefix_cache else NoPrefix()
@@ -185,6 +186,12 @@ class Engine:
         numbers = torch.cat([own, values, ids.int().view(torch.float32)], 1)
         there = torch.empty(numbers.shape, dtype=torch.float32, pin_memory=self.stream is not None)
         return there.copy_(numbers, non_blocking=True)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all engines of a process: libraries keep a workspace for each stream, and our kernels tickets."""
+    return torch.cuda.Stream(device)
 
 
 def _logprobs(token: int, numbers: Tensor, k: int) -> TokenLogprobs:
