@@ -85,15 +85,15 @@ def cases(cfg: ModelConfig):
     for new, cached, count in ((2048, 0, 4), (8192, 0, 1), (2048, 30720, 1)):
         flops = 4 * count * heads * dim * (new * cached + new * (new + 1) // 2)
         yield "attend", f"prompt {count} x {new} over {cached}", *attention(cfg, [new] * count, new + cached), 0, flops
-    for requests in (1, 64):
-        logits = torch.randn(requests, cfg.vocab, device=DEVICE)
+    for requests in (1, 64, 256):
+        logits = torch.randn(requests, cfg.vocab, device=DEVICE).to(DTYPE)
         full = [torch.full((requests,), v, device=DEVICE) for v in (0.7, 0.8, 0.0)]
-        keys = torch.arange(requests, device=DEVICE)
+        keys, rows = (torch.arange(requests, device=DEVICE, dtype=kind) for kind in (torch.int64, torch.int32))
         for what, heat, k in (("greedy", 0.0, 0), ("temperature", 0.7, 0), ("top-k 20, top-p 0.8", 0.7, 20)):
             hot, top_k = full[0] * (heat / 0.7), torch.full((requests,), k, dtype=torch.int32, device=DEVICE)
-            top_p = full[1] if k else torch.ones_like(full[1])
-            draw = lambda x, h=hot, k=top_k, p=top_p, m=full[2], s=keys: ops.sample(x, h, k, p, m, s, s)  # noqa: E731
-            yield "sample", f"{requests} rows, {what}", draw, copies(logits), logits.numel() * 4, 0
+            settings = (rows, rows, hot, top_k, full[1] if k else torch.ones_like(full[1]), full[2], keys, cfg.vocab)
+            draw = lambda x, rest=settings: ops.sample(x, *rest)  # noqa: E731
+            yield "sample", f"{requests} rows, {what}", draw, copies(logits), logits.numel() * ITEM, 0
 
 
 def attention(cfg: ModelConfig, counts: list[int], length: int, scattered: bool = False) -> tuple[Callable, list]:

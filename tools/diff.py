@@ -159,7 +159,8 @@ def _our_forward(model, cfg, prompts: list[Tensor], dtype, device) -> tuple[Tens
     for row, n in enumerate(lengths):
         table[row, :n] = slots[starts[row] : starts[row] + n].int()
     captured: list[Tensor] = []
-    hooks = [b.register_forward_pre_hook(lambda _, a: captured.append((a[0] + a[1]).float())) for b in model.blocks]
+    keep = lambda _, given: captured.append(given[0].to(torch.float32, copy=True))  # noqa: E731 (blocks write to it)
+    hooks = [block.register_forward_pre_hook(keep) for block in model.blocks]
     whole: dict[int, list[Tensor]] = {}
     for pieces in ([(0, n - 1) for n in lengths], [(n - 1, 1) for n in lengths]):
         pieces = [(row, done, n) for row, (done, n) in enumerate(pieces) if n]

@@ -10,6 +10,7 @@ it, or from its own start if that is later, to its own end. Without a GPU the fl
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -29,6 +30,7 @@ from lite_llm.errors import LiteLLMError
 from tools.environment import environment
 
 ROUNDS, WARM = 3, 8  # rounds of steps that are timed; steps before them
+PROMPTS_A_STEP = 4096  # tokens of prompts; no decode step depends on it
 BETWEEN, INSIDE, OTHER = "idle between steps", "idle between kernels", "other"
 
 
@@ -83,16 +85,20 @@ def measure(args: argparse.Namespace) -> dict:
     roof = Ceilings.measure(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     new = WARM + (ROUNDS + 1) * args.steps + 8
     prompt = max(args.context - new // 2, 1)  # so that the steps see `context` on average
+    budget = max(PROMPTS_A_STEP, 2 * args.batch)
+    joining = 8 + args.batch // 16 + 2 * math.ceil(args.batch * prompt / budget)  # steps in which the first say more
     options = dict(
-        device=str(device), context=prompt + new, max_requests=args.batch, step_tokens=max(256, args.batch),
+        device=str(device), context=prompt + new + joining, max_requests=args.batch, step_tokens=budget,
         prefix_cache=False,
     )  # fmt: skip
     model = dict(model=args.model) if args.model else dict(shape=args.shape, random_weights=True)
     with LLM(**model, **options) as llm:
         itemsize = llm.engine.kv.k.element_size()
-        start(llm, args.batch, prompt, new)
+        start(llm, args.batch, prompt, new + joining)
         step = statistics.median(wall(llm, args.steps) for _ in range(ROUNDS))
         kernels = trace(llm, args.steps) if device.type == "cuda" else []
+        if len(llm.engine.scheduler.running) != args.batch:
+            raise RuntimeError(f"{len(llm.engine.scheduler.running)} of {args.batch} requests ran to the end")
         costs, layers = step_costs(llm.cfg, itemsize, args.batch, prompt + new // 2), llm.cfg.num_layers
     split = attribute(kernels, layers)
     return {

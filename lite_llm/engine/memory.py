@@ -13,7 +13,8 @@ GIB = 1 << 30
 _RESERVE = {"cuda": 400 << 20, "cpu": 64 << 20}  # library workspaces, modules, fragmentation
 _LEAST_TOKENS = 16
 _NODES, _NODE = 9, 8 << 10
-"""Kernels of a layer in a CUDA graph, at most, and the driver's memory for each, as measured on an H200."""
+"""Kernels of a layer in a CUDA graph, at most, and the driver's memory for each, a guess on the safe side: 66 graphs of
+Llama-3.2-1B took 458 MiB of an H200, the activations that they share included."""
 
 
 @dataclass(frozen=True)
