@@ -106,6 +106,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     group.add_argument("--context", metavar="N", type=_size, help="longest prompt + answer in tokens, such as 32k")
     group.add_argument("--no-prefix-cache", action="store_true", help="compute every turn from its first token")
+    group.add_argument("--no-cuda-graphs", action="store_true", help="launch kernels one by one: slower, starts sooner")
     group.add_argument("--ignore-config", metavar="KEYS", type=_keys, default=(), help="config.json keys, a,b,c")
 
 
@@ -127,6 +128,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         dtype=options.dtype,
         context=options.context,
         prefix_cache=not options.no_prefix_cache,
+        cuda_graphs=not options.no_cuda_graphs,
         ignore_config=options.ignore_config,
         max_requests=4,  # one answer at a time: no memory for the tables of 64
     )

@@ -81,10 +81,13 @@ def test_what_is_not_given_stays_open_for_the_checkpoint():
 
 
 def test_a_full_line():
-    options = parsed("-m a/b --stop x --stop y --temperature 0.5 --seed -3 --ignore-config a,b --no-prefix-cache")
+    options = parsed(
+        "-m a/b --stop x --stop y --temperature 0.5 --seed -3 --ignore-config a,b --no-prefix-cache --no-cuda-graphs"
+    )
     assert options.model == "a/b" and options.params.stop == ("x", "y")
     assert options.params.temperature == 0.5 and options.params.seed == -3
     assert options.engine["ignore_config"] == ("a", "b") and options.engine["prefix_cache"] is False
+    assert options.engine["cuda_graphs"] is False and parsed("").engine["cuda_graphs"] is True
     assert parsed("a/b").model == "a/b"
 
 
