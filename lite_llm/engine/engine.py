@@ -128,11 +128,18 @@ class Engine:
                     self.flights.append(self._launch(plan))
             except BaseException:
                 self.scheduler.fail(plan, "error")
-                self.state.step.fill_(self.launched)
+                with self._on_stream():  # the device may have counted the step
+                    self.state.step.fill_(self.launched)
                 raise
         news, due = [], self.ahead if plan else max(len(self.flights) - 1, 0)
         while self.flights and (len(self.flights) > due or self.flights[0].is_here):
-            news += self._land(self.flights.popleft())
+            flight = self.flights.popleft()
+            try:
+                news += self._land(flight)
+            except BaseException:  # its tokens are lost, and with them the requests that should have got one
+                for request, _ in flight.places:
+                    self.scheduler.cancel(request, "error")
+                raise
         return news
 
     def _on_stream(self) -> contextlib.AbstractContextManager:

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 
 from lite_llm.engine.request import Request
-from lite_llm.errors import UsageError
 from lite_llm.ops.reference.sampling import PROMPT
 
 MAX_STOPS = 64
-"""Stop tokens that the device checks for each request."""
+"""Most stop tokens of a request."""
 
 _INTS = ("last", "length", "ended", "min_len", "max_len", "top_k", "counting", "biased")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
@@ -55,9 +54,6 @@ class DeviceState:
         """Write the rows of requests that have just got one."""
         if not requests:
             return
-        for request in requests:
-            if len(request.stop_ids) > MAX_STOPS:
-                raise UsageError(f"{len(request.stop_ids)} stop tokens; at most {MAX_STOPS} are supported")
         stops = np.full((len(requests), MAX_STOPS), -1, dtype=np.int32)
         for i, request in enumerate(requests):
             stops[i, : len(request.stop_ids)] = sorted(request.stop_ids)

@@ -1,5 +1,6 @@
 """The whole engine under disorder: arrivals, cancels, preemptions, faults, tiny pools (SCH-05, FLT-01, 02, 10)."""
 
+import contextlib
 import functools
 import random
 
@@ -96,6 +97,31 @@ def test_a_step_that_fails_ends_its_requests_and_nothing_else(stage, error, monk
         after = ask([3, 1, 0, 1, 3], max_tokens=5)
         rig.answers(after)
         check([after])
+        assert rig.scheduler.prefix.size + rig.scheduler.slots.free_count == rig.scheduler.capacity
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_step_whose_tokens_are_lost_ends_those_who_should_have_got_one(ahead, monkeypatch):
+    for k in range(1, 12):
+        rig = Rig(slots=40, rows=3, step_tokens=5, ahead=ahead)
+        calls, commit = [], rig.scheduler.commit
+
+        def interrupted(requests, tokens, calls=calls, commit=commit, k=k):
+            calls.append(requests)
+            if len(calls) == k:
+                raise KeyboardInterrupt
+            commit(requests, tokens)
+
+        monkeypatch.setattr(rig.scheduler, "commit", interrupted)
+        requests = [ask([i, 1, 0, 1, i], max_tokens=4) for i in range(5)]
+        for request in requests:
+            rig.add(request)
+        while not rig.engine.idle:
+            with contextlib.suppress(KeyboardInterrupt):
+                rig.step()
+        hit = [request for request in requests if request.finish_reason == "error"]
+        assert set(hit) == set(calls[k - 1] if len(calls) >= k else ())
+        check([request for request in requests if request not in hit])
         assert rig.scheduler.prefix.size + rig.scheduler.slots.free_count == rig.scheduler.capacity
 
 

@@ -194,7 +194,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("any(request.adjusted for request in requests)", "False", engine),
         ("self.launched % len(self.state.ring)", "(self.launched + 1) % len(self.state.ring)", engine),
         ("and token >= 0:\n", ":\n", engine),
-        ("self.state.step.fill_(self.launched)\n                raise", "raise", engine),
+        ("self.state.step.fill_(self.launched)\n                raise", "pass\n                raise", engine),
         ("values, ids = logprobs.topk(most)", "values, ids = self.runner.raw[places].topk(most)", engine),
         ("(len(self.flights) > due or", "(len(self.flights) > due + 1 or", engine),
     ],
