@@ -39,7 +39,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64)
 REPLAYS, DROP, KEEP = 6, 1.02, 0.9985  # of a sample; slower is not looked at again; what counts as faster
 
 GRIDS = {  # tried in all combinations that fit, the nearest to the present tile first
-    "gemv": {"rows": (1, 2, 4, 8, 16), "columns": (512, 1024, 2048, 4096), "warps": (1, 2, 4, 8)},
+    "gemv": {"rows": (1, 2, 4, 8, 16, 32), "columns": (64, 128, 256, 512, 1024, 2048, 4096), "warps": (1, 2, 4, 8)},
     "skinny": {"rows": (16, 32, 64, 128), "columns": (64, 128, 256), "warps": (2, 4, 8), "splits": (1, 2, 4, 8)},
 }
 FIELDS = {  # tried one after the other, once the grid has a winner
@@ -104,14 +104,17 @@ def search(timer: "Timer", part: str, choices: dict[str, Choice], hint: Choice |
     tried, chain = {choices[part]}, timer.chain
     fields = [functools.partial(field, i) for i in range(max(map(len, FIELDS.values())))]
     stages = [(2, others), (8, grid), *((1, vary) for vary in fields), (2, neighbours)]  # shares of the time
-    for i, (share, candidates) in enumerate(stages):
-        now = time.monotonic()
-        stop = now + (until - now) * share / sum(other for other, _ in stages[i:])
-        fresh = [c for c in dict.fromkeys(candidates(chain, part, choices[part], hint)) if c not in tried]
-        fresh = [c for c in fresh if chain.possible(part, c)]
-        tried |= set(fresh)
-        choices = choices | {part: timer.better(part, choices, fresh, stop)}
-    return choices[part]
+    while True:  # again from a better start, for as long as that gains something
+        start = choices[part]
+        for i, (share, candidates) in enumerate(stages):
+            now = time.monotonic()
+            stop = now + (until - now) * share / sum(other for other, _ in stages[i:])
+            fresh = [c for c in dict.fromkeys(candidates(chain, part, choices[part], hint)) if c not in tried]
+            fresh = [c for c in fresh if chain.possible(part, c)]
+            tried |= set(fresh)
+            choices = choices | {part: timer.better(part, choices, fresh, stop)}
+        if choices[part] == start or time.monotonic() > until:
+            return choices[part]
 
 
 def others(chain: Chain, part: str, best: Choice, hint: Choice | None) -> Iterator[Choice]:
@@ -126,17 +129,15 @@ def others(chain: Chain, part: str, best: Choice, hint: Choice | None) -> Iterat
     tile = skinny.default(*key, chain.tokens, capability(chain.weights.device))
     yield Choice("skinny", tile)
     yield Choice("skinny", tile._replace(tokens=_wide(chain.tokens)))
-    for rows, columns, splits in itertools.product((32, 64), (64, 128, 256), (1, 2, 4, 8)):  # in registers
-        small = tile._replace(rows=rows, columns=columns, warps=4, stages=1, splits=splits, own=0)
-        yield Choice("skinny", small._replace(fuse_norm=tile.tokens <= 32 and part not in ("down", "out")))
 
 
 def grid(chain: Chain, part: str, best: Choice, hint: Choice | None) -> list[Choice]:
     """All combinations of the fields that matter most, the nearest first."""
-    found = around(best)
-    if chain.tokens >= gemv.MOST_TOKENS and best.kernel != "skinny":  # its default alone says little
-        tile = skinny.default(*chain.weights.key(part), chain.tokens, capability(chain.weights.device))
-        found += around(Choice("skinny", tile))
+    found, key = around(best), chain.weights.key(part)
+    if gemv.CUDA_CORES < chain.tokens <= gemv.MOST_TOKENS and best.kernel != "gemv":
+        found += around(Choice("gemv", gemv.default(*key, chain.tokens)))
+    if chain.tokens >= gemv.CUDA_CORES and best.kernel != "skinny":  # its default alone says little
+        found += around(Choice("skinny", skinny.default(*key, chain.tokens, capability(chain.weights.device))))
     return found
 
 

@@ -45,14 +45,20 @@ GPUS = (80, 86, 89, 90, 100, 120)
 
 capabilities = [int(argument) for argument in sys.argv[1:]]
 print(json.dumps({"launched": sorted({kernel.__name__ for kernel in launched()})}))
+by_gpu = {gpu: {case.name: case for case in all_cases(gpu)} for gpu in GPUS}
+kernels = {name: case.kernel.__name__ for cases in by_gpu.values() for name, case in cases.items()}
+owner = {}  # the GPU of each case, in turn; some cases are there for some GPUs only
+for kernel in set(kernels.values()):
+    for turn, name in enumerate(name for name in kernels if kernels[name] == kernel):
+        able = [gpu for gpu in GPUS if name in by_gpu[gpu]]
+        owner[name] = able[turn % len(able)]
 for capability in capabilities:
     by_kernel = {}
-    for case in all_cases(capability):
+    for case in by_gpu[capability].values():
         by_kernel.setdefault(case.kernel.__name__, []).append(case)
     for name, cases in by_kernel.items():
-        turn = GPUS.index(capability)
-        mine = [case for at, case in enumerate(cases) if at % 6 == turn or case.name in EVERYWHERE]
-        for case in mine or [cases[turn % len(cases)]]:
+        mine = [case for case in cases if owner[case.name] == capability or case.name in EVERYWHERE]
+        for case in mine or [cases[GPUS.index(capability) % len(cases)]]:
             row = {"capability": capability, "kernel": name, "case": case.name, "max_shared": case.max_shared}
             row["of"] = [case.name for case in cases]
             try:

@@ -10,7 +10,7 @@ from tests.close import DEVICE, DTYPES, assert_close
 SMALL = Tile(16, 32, 32)
 TILES = [
     SMALL, SMALL._replace(splits=2), SMALL._replace(splits=3), SMALL._replace(splits=8), SMALL._replace(rows=64),
-    SMALL._replace(stages=1, splits=2), Tile(16, 16, 64, 1, 1), Tile(8, 16, 64, 4, 2, 2), Tile(32, 128, 32, 8, 3, 8),
+    SMALL._replace(columns=64, splits=4, fuse_norm=False), Tile(8, 16, 64, 4, 2, 2), Tile(32, 128, 32, 8, 3, 8),
 ]  # fmt: skip
 EPS = 1e-5
 tiles = pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(str(int(field)) for field in tile))

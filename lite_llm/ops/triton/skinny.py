@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     rows: int  # outputs of one program; of a gated matmul, rows of gate and as many of up
     columns: int  # of the input at a time
     warps: int = 4
-    stages: int = 3  # tiles under way; 1: one, in registers, and the first already before the wait
+    stages: int = 3  # tiles under way
     splits: int = 1  # programs that share the input of one block of outputs
     fuse_norm: bool = True  # or else normalise in a kernel of its own
     release: int = AT_ONCE  # or WAITED or LAST; qkv releases behind its wait in any case
@@ -47,18 +47,16 @@ def fits(
         return False
     if not {tile.tokens, tile.rows, tile.columns, tile.warps, tile.own or 1} <= _POWERS:
         return False
-    if tile.rows < 16 or tile.columns < 16 or not 1 <= tile.splits <= 16 or tile.warps not in (1, 2, 4, 8):
+    if tile.rows < 16 or tile.columns < 16 or not 1 <= tile.splits <= 16 or tile.warps not in (2, 4, 8):
         return False
     if 0 < tile.own < 64 or not 1 <= tile.stages <= 8 or tile.release not in (AT_ONCE, WAITED, LAST):
         return False
     rows, threads = tile.rows * (2 if gated else 1), 32 * tile.warps
     staged = (rows + tile.tokens) * tile.columns * itemsize * tile.stages
-    normed = tile.columns * tile.tokens if tile.fuse_norm and tile.stages > 1 else 0
+    normed = tile.columns * tile.tokens if tile.fuse_norm else 0
     if staged + normed * itemsize > SHARED.get(capability, min(SHARED.values())):
         return False
     sums, loads = rows * tile.tokens, (rows + tile.tokens) * tile.columns
-    if tile.stages == 1 and sums + (rows + tile.tokens) * tile.columns > 164 * threads:
-        return False  # two tiles of weights in registers
     return sums <= 64 * threads and sums + normed <= 80 * threads and loads <= 192 * threads
 
 
@@ -127,7 +125,7 @@ def constexprs(tile: Tile, in_features: int, sums: int, dependent: bool) -> dict
     return {
         "TOKENS": tile.tokens, "ROWS": tile.rows, "COLUMNS": tile.columns, "SPLITS": tile.splits, "PART": part,
         "SOME": min(tile.tokens, 1 << held.bit_length() - 1),
-        "RELEASE": tile.release, "OWN": own if dependent and own >= 64 else 0, "CARRY": tile.stages == 1,
+        "RELEASE": tile.release, "OWN": own if dependent and own >= 64 else 0,
     }  # fmt: skip
 
 
@@ -136,7 +134,7 @@ def begin(
     weight, row, up_row, IN: tl.constexpr, PART: tl.constexpr, GATED: tl.constexpr, OWN: tl.constexpr,
     RELEASE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Prefetch the first columns of this program's part of the weight."""
+    """Prefetch the first columns of this program's part of the weight; wait for the kernel before this one."""
     if RELEASE == 0:
         release(PDL)
     if OWN > 0:
@@ -145,6 +143,9 @@ def begin(
         prefetch(weight + row.to(tl.int64)[:, None] * IN + col[None, :])
         if GATED:
             prefetch(weight + up_row.to(tl.int64)[:, None] * IN + col[None, :])
+    wait(PDL)
+    if RELEASE == 1:
+        release(PDL)
 
 
 @triton.jit
@@ -178,13 +179,9 @@ def product(
     x, weight, norm, tokens, row, up_row,
     IN: tl.constexpr, GATED: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
-    RELEASE: tl.constexpr, CARRY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Products [ROWS, TOKENS] of weight rows with this split's part of x (times `norm`), those with the up rows if
     gated, and the sums of squares [TOKENS] of that part, with which the caller makes up for the norm's division.
-
-    The kernel's wait is in here, for with CARRY the first tile of weights is loaded before it, and each of the others
-    one round early, in registers: that leaves room for the next kernel's programs beside this one's.
     """
     EVEN: tl.constexpr = PART * SPLITS == IN
     col = tl.program_id(1) * PART + tl.arange(0, COLUMNS)
@@ -195,35 +192,9 @@ def product(
     there = (token < tokens)[None, :]
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     up = tl.zeros([ROWS, TOKENS], tl.float32)
-    if CARRY:
-        w = _weights(at, col, 0, IN, EVEN)
-        if GATED:
-            up_w = _weights(up_at, col, 0, IN, EVEN)
+    squares = tl.zeros([COLUMNS, TOKENS], tl.float32)
     if norm is not None:
         scale = _scale(norm, col, IN, EVEN)
-    wait(PDL)
-    if RELEASE == 1:
-        release(PDL)
-    if CARRY:
-        square = tl.zeros([TOKENS], tl.float32)
-        for start in tl.range(0, PART, COLUMNS):
-            h = tl.load(x_at + start, there & (col + start < IN)[:, None], other=0.0)
-            more = start + COLUMNS < PART
-            next_w = tl.load(at + start + COLUMNS, ((col + start + COLUMNS < IN) & more)[None, :], other=0.0)
-            if GATED:
-                next_up = tl.load(up_at + start + COLUMNS, ((col + start + COLUMNS < IN) & more)[None, :], other=0.0)
-            if norm is not None:
-                wide = h.to(tl.float32)
-                square += tl.sum(wide * wide, 0)
-                h = (wide * scale[:, None]).to(x.dtype.element_ty)
-                scale = tl.load(norm + col + start + COLUMNS, col + start + COLUMNS < IN, other=0.0).to(tl.float32)
-            acc = tl.dot(w, h, acc, input_precision="ieee")
-            w = next_w
-            if GATED:
-                up = tl.dot(up_w, h, up, input_precision="ieee")
-                up_w = next_up
-        return acc, up, square
-    squares = tl.zeros([COLUMNS, TOKENS], tl.float32)
     for start in tl.range(0, PART, COLUMNS):
         w = _weights(at, col, start, IN, EVEN)
         if EVEN:
@@ -289,8 +260,7 @@ def _skinny_kernel(
     out, x, weight, bias, norm, residual, ahead, partial, squares, arrivals, eps, tokens, lines,
     IN: tl.constexpr, OUT: tl.constexpr, GATED: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
-    SOME: tl.constexpr, RELEASE: tl.constexpr, OWN: tl.constexpr, CARRY: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    SOME: tl.constexpr, RELEASE: tl.constexpr, OWN: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b, s) computes the b-th ROWS outputs of all tokens from the s-th part of the input."""
     block, split = tl.program_id(0), tl.program_id(1)
@@ -300,7 +270,7 @@ def _skinny_kernel(
     row = tl.minimum(lane, OUT - 1)  # in place of a mask on the weights; not for stores, which it would scatter
     begin(weight, row, row + OUT, IN, PART, GATED, OWN, RELEASE, PDL)
     acc, up, square = product(
-        x, weight, norm, tokens, row, row + OUT, IN, GATED, TOKENS, ROWS, COLUMNS, SPLITS, PART, RELEASE, CARRY, PDL
+        x, weight, norm, tokens, row, row + OUT, IN, GATED, TOKENS, ROWS, COLUMNS, SPLITS, PART
     )  # fmt: skip
     end(ahead, lines, LINES, RELEASE, PDL)
     if SPLITS == 1:

@@ -60,8 +60,7 @@ def _skinny_qkv_kernel(
     IN: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     PER_HEAD: tl.constexpr, PER_BLOCK: tl.constexpr, WIDE: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
-    SOME: tl.constexpr, RELEASE: tl.constexpr, OWN: tl.constexpr, CARRY: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    SOME: tl.constexpr, RELEASE: tl.constexpr, OWN: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `_skinny_kernel`, but the blocks of rows keep to heads: PER_HEAD blocks make one, or PER_BLOCK fit in one.
 
@@ -76,11 +75,8 @@ def _skinny_qkv_kernel(
     mask = ((feature < PER_BLOCK * HEAD_DIM) & (lane < ALL))[:, None] & (token < tokens)[None, :]
     row = tl.minimum(lane, ALL - 1)
     # Never before the wait: attention, which comes next, takes all kernels before this one as done.
-    BEHIND: tl.constexpr = RELEASE if RELEASE > 0 else 1
-    begin(weight, row, row, IN, PART, False, OWN, BEHIND, PDL)
-    acc, _, square = product(
-        x, weight, norm, tokens, row, row, IN, False, TOKENS, ROWS, COLUMNS, SPLITS, PART, BEHIND, CARRY, PDL
-    )  # fmt: skip
+    begin(weight, row, row, IN, PART, False, OWN, RELEASE if RELEASE > 0 else 1, PDL)
+    acc, _, square = product(x, weight, norm, tokens, row, row, IN, False, TOKENS, ROWS, COLUMNS, SPLITS, PART)
     end(ahead, lines, LINES, RELEASE, PDL)
     tl.store(partial + split * TOKENS * ALL + token[None, :] * ALL + lane[:, None], acc, mask)
     if norm is not None:
