@@ -1,4 +1,4 @@
-"""A few layers of a model with random weights, as tools/tune.py times them: each matmul runs as it is told to."""
+"""A few layers of a model with random weights, as tools/tune.py times them: each part runs as it is told to."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from lite_llm import ops
 from lite_llm.config import ModelConfig
 from lite_llm.ops import reference
-from lite_llm.ops.triton import gemv, skinny, skinny_qkv
+from lite_llm.ops.triton import decode, gemv, skinny, skinny_qkv
 from lite_llm.ops.triton.decode import capability
 from lite_llm.ops.triton.tuning import Choice
 
@@ -53,31 +53,34 @@ class Weights:
 
 
 class Chain:
-    """A decode step of some layers for requests of equal context; each part runs as its choice says."""
+    """A decode step of some layers for requests of equal context; each part runs as its choice says.
 
-    def __init__(self, weights: Weights, tokens: int, context: int):
+    Attention is a part that need not be named: Choice("decode", tiles), or Choice("none", None) to leave it out. How
+    many programs it gets depends on the `width` of the table, which is that of an engine's longest request.
+    """
+
+    def __init__(self, weights: Weights, tokens: int, context: int, width: int | None = None):
         self.weights, self.tokens, self.context = weights, tokens, min(context, len(weights.cos))
         cfg, device = weights.cfg, weights.device
         slots, ints = tokens * self.context + 1, dict(dtype=torch.int32, device=device)
         self.pools = [
             tuple(weights.random(slots, cfg.kv_heads, cfg.head_dim) for _ in range(2)) for _ in weights.layers
         ]
-        self.table = torch.arange(1, slots, **ints).view(tokens, self.context)
+        self.table = torch.zeros(tokens, max(width or 0, self.context), **ints)
+        self.table[:, : self.context] = torch.arange(1, slots, **ints).view(tokens, self.context)
         self.rows, self.q_start = torch.arange(tokens, **ints), torch.arange(tokens + 1, **ints)
         self.kv_len = torch.full((tokens,), self.context, **ints)
-        self.positions, self.slots = self.kv_len.long() - 1, self.table[:, -1].long()
+        self.positions, self.slots = self.kv_len.long() - 1, self.table[:, self.context - 1].long()
         self.start = weights.random(tokens, cfg.hidden)
         self.x = self.start.clone()
         self.wide = {part: weights.random(tokens, weights.key(part)[1]) for part in ("out", "down")}
 
     def run(self, choices: dict[str, Choice], head: bool) -> None:
-        weights, cfg = self.weights, self.weights.cfg
+        weights = self.weights
         x = self.x.copy_(self.start)
         for i, layer in enumerate(weights.layers):
             q = self.qkv(choices["qkv"], x, i)
-            seen = ops.attend(
-                q, *self.pools[i], self.table, self.rows, self.q_start, self.kv_len, self.tokens, cfg.head_dim**-0.5
-            )
+            seen = self.attend(choices.get("attention"), q, i)
             self.matmul("out", choices["out"], seen.flatten(1), layer["out"], layer["gate_up"], residual=x)
             y = self.matmul("gate_up", choices["gate_up"], x, layer["gate_up"], layer["down"])
             last = i + 1 == len(weights.layers)
@@ -91,6 +94,8 @@ class Chain:
         layer, start = self.weights.layers[0], self.start
         if part == "qkv":
             return self.qkv(choice, start, 0)
+        if part == "attention":
+            return self.attend(choice, self._queries(), 0)
         if part == "head":
             return self.matmul(part, choice, start, self.weights.head, None)
         x, residual = (start, None) if part == "gate_up" else (self.wide[part], start.clone())
@@ -111,6 +116,21 @@ class Chain:
             )
         y = F.linear(ops.rms_norm(x, norm, eps), layer["qkv"], weights.bias)
         return ops.rope_store_kv_(*self.pools[i], y, *where, *heads, eps)
+
+    def attend(self, choice: Choice | None, q: Tensor, i: int) -> Tensor:
+        scale, pools = self.weights.cfg.head_dim**-0.5, self.pools[i]
+        if choice is None:
+            return ops.attend(q, *pools, self.table, self.rows, self.q_start, self.kv_len, self.tokens, scale)
+        if choice.kernel == "none":
+            return q
+        out = torch.empty_like(q)
+        decode.decode(
+            q, *pools, out, self.table, self.rows, self.kv_len, self.tokens, scale, window=None, shape=choice.tile
+        )
+        return out
+
+    def _queries(self) -> Tensor:
+        return self.wide["out"].view(self.tokens, self.weights.cfg.heads, self.weights.cfg.head_dim)
 
     def matmul(
         self, part: str, choice: Choice, x: Tensor, weight: Tensor, ahead: Tensor | None, residual: Tensor | None = None
@@ -151,6 +171,10 @@ class Chain:
     def _expected(self, part: str) -> list[Tensor]:
         weights, norm, eps = self.weights, self.weights.norm.float(), self.weights.cfg.norm_eps
         layer, start = self.weights.layers[0], self.start.float()
+        if part == "attention":
+            floats = [t.float() for t in (self._queries(), *self.pools[0])]
+            where = (self.table, self.rows, self.q_start, self.kv_len)
+            return [reference.attend(*floats, *where, self.tokens, self.weights.cfg.head_dim**-0.5)]
         if part in ("out", "down"):
             return [reference.linear_add_(start.clone(), self.wide[part].float(), layer[part].float())]
         if part != "qkv":

@@ -218,6 +218,33 @@ def test_segments_add_up_alike_whoever_computes_them(monkeypatch, programs, wind
     assert torch.equal(c.run(), want)
 
 
+def shaped(c: Case, **change) -> Tensor:
+    usual = decoding.tiles(
+        c.q.shape[2], c.q.element_size(), decoding.capability(c.q.device), len(c.rows) > decoding.FEW
+    )
+    out, args = torch.empty_like(c.q), (c.table, c.rows, c.kv_len, c.decodes, c.scale, c.window)
+    decoding.decode(c.q, c.k_pool, c.v_pool, out, *args, shape=usual._replace(**change))
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("release", [decoding.AT_ONCE, decoding.WAITED, decoding.LAST])
+def test_any_shares_release_and_prefetches_give_the_same_bits_in_a_row_of_launches(release, window):
+    c = case([700, 1, 70, 129, 0], None, 8, 2, 64, torch.bfloat16 if DEVICE == "cuda" else torch.float16, window)
+    want = check(c)
+    for asked, least in ((0, 1), (1, 2), (2, 4), (4, 8), (8, 1000)):
+        got = [shaped(c, release=release, asked=asked, least=least) for _ in range(5 if DEVICE == "cuda" else 1)]
+        assert all(torch.equal(one, want) for one in got), (asked, least)
+
+
+def test_a_request_of_one_share_is_not_merged(monkeypatch):
+    kept, make = [], decoding.workspace
+    monkeypatch.setattr(decoding, "workspace", lambda *args: kept.append(make(*args)) or kept[-1])
+    c = case([500], head_dim=16)
+    assert torch.equal(check(c), shaped(c, least=500 // 16 + 1))
+    assert not kept[0][0].isnan().all() and kept[1][0].isnan().all()
+
+
 @pytest.mark.parametrize("programs", [2, 40])
 def test_more_requests_than_one_look_at_their_lengths(monkeypatch, programs):
     """Also that requests without keys may stand anywhere, a run of nothing else included."""

@@ -28,12 +28,19 @@ SEGMENT = 64
 FEW = 4
 """Requests up to which latency counts, and not bandwidth: so far the tile does not depend on the batch, nor beyond."""
 
+AT_ONCE, WAITED, LAST = 0, 1, 2  # when a program releases the next kernel: at once, behind its wait, behind its keys
+
 
 class Tiles(NamedTuple):
-    block_n: int
+    """No bit of an answer depends on `programs` or what follows it."""
+
+    block_n: int  # keys; a power of two
     num_warps: int
     num_stages: int
     programs: int  # on each multiprocessor
+    release: int = WAITED  # or AT_ONCE or LAST, which keeps the next kernel's weights from queueing before our keys
+    asked: int = 2  # tiles, the first of its run, that a program prefetches before its wait; 0 or a power of two
+    least: int = 1  # tiles in a program's share: work that is split no further needs less merging
 
 
 def tiles(head_dim: int, itemsize: int, capability: int, many: bool) -> Tiles:
@@ -62,27 +69,31 @@ def max_segments(kv_heads: int) -> int:
 
 def decode(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, out: Tensor, table: Tensor, rows: Tensor, kv_len: Tensor,
-    decodes: int, scale: float, window: int | None,
+    decodes: int, scale: float, window: int | None, shape: Tiles | None = None,
 ) -> None:  # fmt: skip
     """Write rows [0, decodes) of `out`; request b owns row b. Layouts are as `attend` has checked them.
+
+    `shape` is for tuning; without it the tiles are those of `tiles`.
 
     With PDL the kernel reads `table`, `rows` and `kv_len` while the one launched before it may still run: that one must
     not write them. Whatever came earlier may have, if that one releases behind its wait, as `project_qkv_` does.
     """
     heads, head_dim = q.shape[1:]
     kv_heads = k_pool.shape[1]
-    shape = tiles(head_dim, q.element_size(), capability(q.device), decodes > FEW)
+    if shape is None:
+        shape = tiles(head_dim, q.element_size(), capability(q.device), decodes > FEW)
     limit = max_segments(kv_heads)
     span = table.shape[1] if window is None else min(table.shape[1], window + shape.block_n)
     segments = min(max(triton.cdiv(span, SEGMENT), 1), limit)
     programs = min(max(shape.programs * processors(q.device) // kv_heads, 1), decodes * segments)
+    programs = min(programs, triton.cdiv(decodes * max(triton.cdiv(span, shape.block_n), 1), shape.least))
     partial, stats = workspace(decodes, heads, segments, head_dim, q.device)
     dependent = pdl(q.device)
     _decode_kernel[(kv_heads, programs)](
         q, k_pool, v_pool, out, table, rows, kv_len, partial, stats, tickets(decodes * kv_heads, q.device),
-        table.stride(0), decodes, segments, scale, window or 0,
+        table.stride(0), decodes, segments, scale, window or 0, shape.least,
         KV_HEADS=kv_heads, **sizes(heads // kv_heads, head_dim), SEGMENT=SEGMENT, MAX_SEGMENTS=limit,
-        WINDOWED=window is not None, BLOCK_N=shape.block_n, PDL=dependent,
+        WINDOWED=window is not None, BLOCK_N=shape.block_n, RELEASE=shape.release, ASKED=shape.asked, PDL=dependent,
         num_warps=shape.num_warps, num_stages=shape.num_stages, launch_pdl=dependent,
     )  # fmt: skip
 
@@ -117,20 +128,23 @@ def processors(device: torch.device) -> int:
 def aot_cases(capability: int) -> list[AotCase]:
     sizes = [(d, "bf16", g, w) for d in (16, 32, 64, 80, 96, 112, 128, 256) for g, w in ((4, False), (4, True))]
     sizes += [(d, "fp32", 4, True) for d in (16, 32, 64, 80, 96, 112, 128, 256)]
-    sizes += [(128, "fp16", 4, False), (64, "bf16", 7, False)] + [
-        (128, "bf16", g, False) for g in (1, 2, 3, 5, 7, 8, 16)
-    ]
-    return [_case(capability, *size) for size in sizes] + [_case(capability, 64, "bf16", 4, False, many=False)]
+    sizes += [(128, "fp16", 4, False), (64, "bf16", 7, False)]
+    sizes += [(128, "bf16", g, False) for g in (1, 2, 3, 5, 7, 8, 16)]
+    few = tiles(64, 2, capability, False)
+    few = [few._replace(release=when, asked=n) for when, n in ((AT_ONCE, 0), (WAITED, 2), (LAST, 8))]
+    return [_case(capability, *size) for size in sizes] + [_case(capability, 64, "bf16", 4, False, f) for f in few]
 
 
-def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool, many: bool = True) -> AotCase:
-    shape = tiles(head_dim, 4 if dtype == "fp32" else 2, capability, many)
+def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool, few: Tiles | None = None) -> AotCase:
+    shape = few or tiles(head_dim, 4 if dtype == "fp32" else 2, capability, True)
     kinds = dict.fromkeys(("q", "k_pool", "v_pool", "out"), f"*{dtype}") | {"scale": "fp32"}
     kinds |= dict.fromkeys(("table", "rows", "kv_len", "tickets"), "*i32") | {"partial": "*fp32", "stats": "*fp32"}
-    kinds |= dict.fromkeys(("table_stride", "decodes", "segments", "window"), "i32")
+    kinds |= dict.fromkeys(("table_stride", "decodes", "segments", "window", "least"), "i32")
     constants = {"KV_HEADS": 8, "SEGMENT": SEGMENT, "MAX_SEGMENTS": max_segments(8), "WINDOWED": windowed}
-    constants |= {"BLOCK_N": shape.block_n, "PDL": capability >= 90} | sizes(group, head_dim)
-    name = f"decode-{dtype}-d{head_dim}-g{group}" + "-window" * windowed + "-few" * (not many)
+    constants |= {"BLOCK_N": shape.block_n, "RELEASE": shape.release, "ASKED": shape.asked, "PDL": capability >= 90}
+    constants |= sizes(group, head_dim)
+    name = f"decode-{dtype}-d{head_dim}-g{group}" + "-window" * windowed
+    name += f"-few-r{few.release}a{few.asked}" if few else ""
     unaligned = dict.fromkeys(("table", "rows", "kv_len"), 1)
     return AotCase(
         name, _decode_kernel, kinds, constants, unaligned, shape.num_warps, shape.num_stages, SHARED[capability]
@@ -138,22 +152,24 @@ def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "decodes", "segments", "window"],
+    do_not_specialize=["table_stride", "decodes", "segments", "window", "least"],
     do_not_specialize_on_alignment=["table", "rows", "kv_len"],
 )
 def _decode_kernel(
     q, k_pool, v_pool, out, table, rows, kv_len, partial, stats, tickets,
-    table_stride, decodes, segments, scale, window,
+    table_stride, decodes, segments, scale, window, least,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, WIDE_GROUP: tl.constexpr,
     SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
+    RELEASE: tl.constexpr, ASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (h, p) takes the p-th run of tiles, for KV head h and its GROUP query heads.
 
     It goes through its run in parts: all that it has of a request that it begins, one segment of one that it does not.
     """
+    if RELEASE == 0:
+        release(PDL)
     kv_head = tl.program_id(0)
-    share, request, base, left = _run(kv_len, decodes, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+    share, request, base, left = _run(kv_len, decodes, least, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
     if left == 0:
         wait(PDL)
         return
@@ -162,13 +178,14 @@ def _decode_kernel(
     tile = tl.cdiv(tl.maximum(tl.program_id(1) * share - base, 0), size) * size  # of the request, where the run begins
     k_pool += kv_head * HEAD_DIM
     v_pool += kv_head * HEAD_DIM
-    if PDL:
+    if PDL and ASKED > 0:
         mine = table + tl.load(rows + request).to(tl.int64) * table_stride
-        _ask(k_pool, v_pool, mine, origin + tile * BLOCK_N, length, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_N)
-        if left > 1:
-            _ask(k_pool, v_pool, mine, origin + (tile + 1) * BLOCK_N, length, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_N)
+        start = origin + tile * BLOCK_N
+        end = tl.minimum(start + left * BLOCK_N, length)
+        _ask(k_pool, v_pool, mine, start, end, KV_HEADS * HEAD_DIM, HEAD_DIM, ASKED * BLOCK_N)
     wait(PDL)
-    release(PDL)
+    if RELEASE == 1:
+        release(PDL)
 
     # GROUP query heads in 16 rows, the least that a tensor core takes.
     head = tl.arange(0, 16)
@@ -216,6 +233,8 @@ def _decode_kernel(
                 peak, total, acc = _nothing(WIDE)
 
         left -= part
+        if RELEASE == 2 and left == 0:
+            release(PDL)
         ends = tile + part == most
         if ends & (tile == 0):
             _put(out + owner * (GROUP * HEAD_DIM), all_total, all_acc, GROUP, HEAD_DIM)
@@ -259,10 +278,11 @@ def _cut(
 
 @triton.jit
 def _run(
-    kv_len, decodes, window,
+    kv_len, decodes, least, window,
     WINDOWED: tl.constexpr, SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tiles in a fair share, and of this program's run: its first request, that one's first tile, and its tiles.
+    """Tiles in a share (fair, or `least`), and of this program's run: its first request, that one's first tile, and its
+    tiles.
 
     Tiles count through all requests. A program takes the segments whose first tile lies in its share.
     """
@@ -272,7 +292,7 @@ def _run(
         length = tl.load(kv_len + start + some, start + some < decodes, other=0)
         _, _, _, most = _cut(length, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
         whole += tl.sum(tl.where(start + some < decodes, most, 0))
-    share = tl.cdiv(whole, tl.num_programs(1))
+    share = tl.maximum(tl.cdiv(whole, tl.num_programs(1)), least)
     begin = tl.program_id(1) * share
     end = begin + share
 
@@ -296,12 +316,12 @@ def _run(
 
 
 @triton.jit
-def _ask(k_pool, v_pool, mine, n, length, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Ask for the keys and values at [n, n + BLOCK_N) to come to L2 (for the slot of the pad behind the last)."""
+def _ask(k_pool, v_pool, mine, n, end, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, KEYS: tl.constexpr):
+    """Ask for the keys and values at [n, n + KEYS) to come to L2 (from `end` on for the slot of the pad)."""
     LINE: tl.constexpr = 1024 // k_pool.dtype.element_ty.primitive_bitwidth
     LINES: tl.constexpr = (HEAD_DIM + LINE - 1) // LINE
-    key = n + tl.arange(0, BLOCK_N)
-    at = tl.load(mine + key, key < length, other=0).to(tl.int64) * STRIDE
+    key = n + tl.arange(0, KEYS)
+    at = tl.load(mine + key, key < end, other=0).to(tl.int64) * STRIDE
     for line in tl.static_range(LINES):
         prefetch(k_pool + at + line * LINE)
         prefetch(v_pool + at + line * LINE)
