@@ -6,7 +6,8 @@ import torch
 import lite_llm.ops.reference as reference
 import lite_llm.ops.triton as kernels
 from lite_llm.ops.triton import gemv
-from lite_llm.ops.triton.gemv import AT_ONCE, LAST, WAITED, Tile
+from lite_llm.ops.triton.gemv import Tile
+from lite_llm.ops.triton.launch import AT_ONCE, LAST, WAITED
 from lite_llm.ops.triton.norm import MAX_WIDTH
 from tests.close import DEVICE, DTYPES, assert_close
 

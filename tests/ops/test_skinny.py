@@ -3,7 +3,8 @@ import torch
 
 import lite_llm.ops.reference as reference
 from lite_llm.ops.triton.aot import SHARED
-from lite_llm.ops.triton.skinny import AT_ONCE, LAST, WAITED, Tile, default, fits, skinny
+from lite_llm.ops.triton.launch import AT_ONCE, LAST, WAITED
+from lite_llm.ops.triton.skinny import Tile, default, fits, skinny
 from lite_llm.ops.triton.skinny_qkv import skinny_qkv
 from tests.close import DEVICE, DTYPES, assert_close
 

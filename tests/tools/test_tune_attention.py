@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from lite_llm.ops.triton.decode import AT_ONCE, LAST, Tiles
+from lite_llm.ops.triton.decode import Tiles
+from lite_llm.ops.triton.launch import AT_ONCE, LAST
 from lite_llm.ops.triton.tuning import CUBLAS, Choice
 from tests.close import DEVICE, assert_close
 from tests.tools.test_tune import FAR, FakeTimer, model, weights

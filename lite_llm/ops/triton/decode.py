@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lite_llm.ops.triton.aot import SHARED, AotCase
-from lite_llm.ops.triton.launch import pdl, prefetch, release, tickets, wait
+from lite_llm.ops.triton.launch import AT_ONCE, LAST, WAITED, pdl, prefetch, release, tickets, wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # a finite "no key yet": LOWEST - LOWEST is 0 where -inf - -inf is NaN
@@ -27,8 +27,6 @@ SEGMENT = 64
 
 FEW = 4
 """Requests up to which latency counts, and not bandwidth: so far the tile does not depend on the batch, nor beyond."""
-
-AT_ONCE, WAITED, LAST = 0, 1, 2  # when a program releases the next kernel: at once, behind its wait, behind its keys
 
 
 class Tiles(NamedTuple):

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from lite_llm.ops.triton.aot import AotCase
 from lite_llm.ops.triton.gemv_tile import dots, numbered, scale_at, starts, tile_at
-from lite_llm.ops.triton.launch import pdl, prefetch, release, wait
+from lite_llm.ops.triton.launch import AT_ONCE, LAST, WAITED, pdl, prefetch, release, wait
 from lite_llm.ops.triton.norm import rms_norm
 
 MOST_TOKENS = 8
 CUDA_CORES = 4  # tokens up to which these compute
-AT_ONCE, WAITED, LAST = 0, 1, 2  # when a program releases the next kernel: at once, behind its wait, behind its loop
 _LINE = tl.constexpr(128)  # bytes that one prefetch brings
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from triton.language.extra import cuda as _cuda
 
 TICKETS = 1 << 16
+AT_ONCE, WAITED, LAST = 0, 1, 2
+"""When a program calls `release`: at its start, behind its wait, behind its loop. A field of the tiles."""
 
 
 def pdl(device: torch.device) -> bool:

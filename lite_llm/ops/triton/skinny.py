@@ -13,11 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lite_llm.ops.triton.aot import SHARED, AotCase
-from lite_llm.ops.triton.launch import pdl, prefetch, release, tickets, wait
+from lite_llm.ops.triton.launch import AT_ONCE, LAST, WAITED, pdl, prefetch, release, tickets, wait
 from lite_llm.ops.triton.norm import rms_norm
 
 MOST_TOKENS = 128
-AT_ONCE, WAITED, LAST = 0, 1, 2  # when a program releases the next kernel: at once, behind its wait, behind its loop
 _LINE = tl.constexpr(128)  # bytes that one prefetch brings
 _HELD = 64  # registers of a thread for partial sums on their way in
 _POWERS = {1 << n for n in range(12)}
