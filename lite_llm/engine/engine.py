@@ -70,9 +70,9 @@ class Engine:
         fixed = runner.shapes(max_requests, step_tokens) if graphs else []
         prompts = max(shape.prompts for shape in fixed) if graphs else max_requests
         self.scheduler = Scheduler(SlotPool(kv.k.shape[1]), max_requests, step_tokens, prefix, prompts)
-        self.state = DeviceState(max_requests, cfg.max_len, cfg.vocab, ahead + 2, device)
         most = Shape(max_requests, prompts, step_tokens)
         with self._on_stream():
+            self.state = DeviceState(max_requests, cfg.max_len, cfg.vocab, ahead + 2, device)
             self.runner = Runner(model, kv, self.state, usable_vocab or cfg.vocab, fixed, most)
         self.flights: deque[Flight] = deque()
         self.launched = 0
@@ -83,7 +83,7 @@ class Engine:
 
     @torch.inference_mode()
     def warm(self, say: Say) -> None:
-        """Compile every kernel and record every graph, so that no later step does."""
+        """Compile every kernel and record every graph, so that no later step does. Without graphs nothing happens."""
         if self.runner.fixed and self.stream:
             with self._on_stream():
                 with warm.ahead_of_time(self.kv.k.device, say):

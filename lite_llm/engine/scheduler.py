@@ -157,7 +157,7 @@ class Scheduler:
         plenty = (self.slots.free_count - sum(r.pending for r in prompts)) // (4 * len(self.running))
         for request in self.running:
             spare = len(request.slots) - request.cached
-            if request.decoding and spare < RUN // 2:
+            if request.decoding and not request.satisfied and spare < RUN // 2:
                 more = min(RUN - spare, plenty, request.max_len - len(request.slots))
                 request.slots += self.slots.alloc(max(more, 0), after=request.slots[-1])
 

@@ -63,7 +63,7 @@ class DeviceState:
             [r.ids[-1] if one else 0 for r, one in zip(requests, known, strict=True)],
             [r.cached for r in requests],
             [0] * len(requests),
-            [r.prompt_len + r.params.min_tokens for r in requests],
+            [min(r.prompt_len + r.params.min_tokens, 2**31 - 1) for r in requests],
             [min(r.max_len, 2**31 - 1) for r in requests],
             [p.top_k for p in params],
             [int(p.penalized) for p in params],

@@ -154,6 +154,13 @@ def test_a_token_that_ended_an_answer_on_the_device_counts_as_computed_nowhere(a
     assert follow.prefix_hit == len(first.ids) - 1
 
 
+def test_a_huge_min_tokens_harms_nobody():
+    rig = Rig()
+    neighbour, greedy = ask([1, 0]), ask([1, 2], max_tokens=5, min_tokens=2**31 - 2)
+    rig.answers(neighbour, greedy)
+    check([neighbour, greedy])
+
+
 def test_no_step_is_launched_for_a_token_behind_the_last():
     rig = Rig(ahead=2)
     rig.answers(ask([1, 2], max_tokens=3))

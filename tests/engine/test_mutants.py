@@ -165,7 +165,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
             engine,
         ),
         ("if request.params.logit_bias:", "if False:", engine),
-        ("[r.prompt_len + r.params.min_tokens for", "[r.params.min_tokens for", engine),
+        ("[min(r.prompt_len + r.params.min_tokens,", "[min(r.params.min_tokens,", engine),
         ("[int(p.penalized) for p in params]", "[0 for p in params]", engine),
         ("[r.cached for r in requests]", "[r.cached + 1 for r in requests]", engine),
         ("[r.ids[-1] if one else 0 for", "[0 for", engine),

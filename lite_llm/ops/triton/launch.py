@@ -28,7 +28,7 @@ def tickets(n: int, device: torch.device) -> Tensor:
     """n zeros (int32) with which programs count who arrives last; whoever does sets them back to zero.
 
     One buffer serves all kernels of a stream, for these run one after the other; kernels on two streams at the same
-    time must not share it, nor may two engines share a stream.
+    time must not share it.
     """
     if device.type != "cuda":
         return torch.zeros(n, dtype=torch.int32, device=device)
