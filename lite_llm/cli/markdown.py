@@ -96,7 +96,7 @@ class Markdown:
             self._line = ""
         elif heading := _HEADING.match(line):
             self._style = _HEADING_STYLES.get(len(heading[1]), (BOLD,))
-            self._line = line[heading.end() :].rstrip("#") if final else line[heading.end() :]
+            self._line = line[heading.end() :]  # closing #s stay: a stream has shown them before it knows
         elif item := _ITEM.match(line):
             marker = item[2] + item[3] if item[2][0].isdigit() else "•" + item[3]
             self._indent(item[1] + marker, " " * len(item[1] + marker))
