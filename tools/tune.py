@@ -39,7 +39,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64)
 REPLAYS, DROP, KEEP = 6, 1.02, 0.9985  # of a sample; slower is not looked at again; what counts as faster
 
 GRIDS = {  # tried in all combinations that fit, the nearest to the present tile first
-    "gemv": {"rows": (1, 2, 4, 8, 16, 32), "columns": (64, 128, 256, 512, 1024, 2048, 4096), "warps": (1, 2, 4, 8)},
+    "gemv": {"rows": (1, 2, 4, 8, 16), "columns": (512, 1024, 2048, 4096), "warps": (1, 2, 4, 8)},
     "skinny": {"rows": (16, 32, 64, 128), "columns": (64, 128, 256), "warps": (2, 4, 8), "splits": (1, 2, 4, 8)},
 }
 FIELDS = {  # tried one after the other, once the grid has a winner
@@ -134,9 +134,7 @@ def others(chain: Chain, part: str, best: Choice, hint: Choice | None) -> Iterat
 def grid(chain: Chain, part: str, best: Choice, hint: Choice | None) -> list[Choice]:
     """All combinations of the fields that matter most, the nearest first."""
     found, key = around(best), chain.weights.key(part)
-    if gemv.CUDA_CORES < chain.tokens <= gemv.MOST_TOKENS and best.kernel != "gemv":
-        found += around(Choice("gemv", gemv.default(*key, chain.tokens)))
-    if chain.tokens >= gemv.CUDA_CORES and best.kernel != "skinny":  # its default alone says little
+    if chain.tokens >= gemv.MOST_TOKENS and best.kernel != "skinny":  # its default alone says little
         found += around(Choice("skinny", skinny.default(*key, chain.tokens, capability(chain.weights.device))))
     return found
 

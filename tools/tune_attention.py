@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from lite_llm.config import HFConfig
 from lite_llm.errors import LiteLLMError
 from lite_llm.models import registry, shapes
-from lite_llm.ops.triton.decode import FEW, capability, tiles
+from lite_llm.ops.triton.decode import capability, tiles
 from lite_llm.ops.triton.tuning import Choice
 from tools.chain import PARTS, Chain, Weights
 from tools.tune import Timer, distance, present, shown
@@ -72,9 +72,7 @@ def tune(args: argparse.Namespace) -> None:
 
 def start(weights: Weights, tokens: int) -> Choice:
     """What `decode` does when it is told nothing."""
-    return Choice(
-        "decode", tiles(weights.cfg.head_dim, weights.dtype.itemsize, capability(weights.device), tokens > FEW)
-    )
+    return Choice("decode", tiles(weights.cfg.head_dim, weights.dtype.itemsize, capability(weights.device), tokens))
 
 
 def search(timer: Timer, choices: dict[str, Choice], until: float) -> Choice:

@@ -219,9 +219,7 @@ def test_segments_add_up_alike_whoever_computes_them(monkeypatch, programs, wind
 
 
 def shaped(c: Case, **change) -> Tensor:
-    usual = decoding.tiles(
-        c.q.shape[2], c.q.element_size(), decoding.capability(c.q.device), len(c.rows) > decoding.FEW
-    )
+    usual = decoding.tiles(c.q.shape[2], c.q.element_size(), decoding.capability(c.q.device), len(c.rows))
     out, args = torch.empty_like(c.q), (c.table, c.rows, c.kv_len, c.decodes, c.scale, c.window)
     decoding.decode(c.q, c.k_pool, c.v_pool, out, *args, shape=usual._replace(**change))
     return out

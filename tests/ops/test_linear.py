@@ -97,53 +97,6 @@ def test_every_tile_of_gemv_gives_the_same_sums(tile, tokens):
         check_linear(tokens, 1024, 40, dtype, bias=False, norm=False, gated=False, run=run)
 
 
-TENSOR_TILES = [
-    Tile(16, 256, 4), Tile(8, 64, 1, True, WAITED), Tile(32, 128, 2, False, LAST, 256, 4096), Tile(2, 512, 8),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("tokens", [5, 7, 8])
-@pytest.mark.parametrize("tile", TENSOR_TILES, ids=lambda tile: "-".join(map(str, map(int, tile))))
-def test_every_tile_of_gemv_on_the_tensor_cores_gives_the_same_sums(tile, tokens):
-    """As above, and fewer outputs than the tensor cores have rows."""
-    ahead = torch.zeros(100, 64, dtype=torch.float16, device=DEVICE)
-
-    def run(x, weight, bias, norm, eps, gated):
-        return gemv.gemv(x, weight, bias, norm, eps, gated, None, ahead, tile)
-
-    for dtype in HALVES:
-        check_linear(tokens, 1096, 37, dtype, bias=True, norm=True, gated=True, run=run)
-        check_linear(tokens, 1024, 40, dtype, bias=False, norm=False, gated=False, run=run)
-        check_linear(tokens, 72, 3, dtype, bias=True, norm=False, gated=False, run=run)
-    x, weight, residual = tensors((tokens, 520), (50, 520), (tokens, 50), dtype=torch.float16)
-    want, exact = residual.clone(), residual.double() + exact_linear(x, weight)
-    reference.linear_add_(want, x, weight)
-    assert gemv.gemv(x, weight, None, None, 0.0, False, residual, ahead, tile) is residual
-    assert_close(residual, want, exact)
-
-
-@pytest.mark.parametrize("tokens", [5, 8])
-@pytest.mark.parametrize("tile", TENSOR_TILES, ids=lambda tile: "-".join(map(str, map(int, tile))))
-def test_every_tile_of_gemv_on_the_tensor_cores_gives_the_same_heads(tile, tokens):
-    def run(*args):
-        return gemv.gemv_qkv(*args[:11], None, tile)
-
-    for dtype in HALVES:
-        for head_dim in (24, 64):
-            check_qkv(*qkv_case(tokens, dtype, 4, 2, head_dim, bias=True, width=296), run)
-
-
-def test_a_token_on_the_tensor_cores_does_not_depend_on_its_batch():
-    x, weight, norm = tensors((8, 1096), (90, 1096), (1096,), dtype=HALVES[0])
-    whole = gemv.gemv(x, weight, None, norm, 1e-5, True, None, None, TENSOR_TILES[0])
-    for some in (slice(0, 5), slice(2, 8)):
-        assert torch.equal(gemv.gemv(x[some], weight, None, norm, 1e-5, True, None, None, TENSOR_TILES[0]), whole[some])
-    x[1, 100] = float("nan")
-    hurt = gemv.gemv(x, weight, None, norm, 1e-5, True, None, None, TENSOR_TILES[0])
-    rest = torch.arange(8, device=DEVICE) != 1
-    assert hurt[1].isnan().all() and torch.equal(hurt[rest], whole[rest])
-
-
 def qkv_case(tokens, dtype, heads=3, kv_heads=1, head_dim=16, rotary=None, bias=False, head_norm=False, width=72):
     outputs = (heads + 2 * kv_heads) * head_dim
     x, weight, b, norm, q_norm, k_norm = tensors(

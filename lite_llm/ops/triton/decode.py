@@ -5,7 +5,7 @@ lengths are on the device, so each program works out its run for itself, and one
 
 A request's keys are cut into segments whose size depends on its own length alone. No segment is shared by two programs,
 and results are added up in segment order, in whatever program that happens: so a request's answer is the same to the
-last bit whatever shares the batch, as long as few requests stay few (see FEW).
+last bit whatever shares the batch, as long as few requests stay few (see FEW and SOME).
 """
 
 import functools
@@ -25,8 +25,10 @@ LOWEST = tl.constexpr(-3.0e38)  # a finite "no key yet": LOWEST - LOWEST is 0 wh
 SEGMENT = 64
 """Keys in the smallest segment, or one tile if that has more."""
 
-FEW = 4
-"""Requests up to which latency counts, and not bandwidth: so far the tile does not depend on the batch, nor beyond."""
+FEW, SOME = 4, 32
+"""Requests up to which only latency counts, and latency more than bandwidth; the tile depends on this, and on nothing
+else of the batch.
+"""
 
 
 class Tiles(NamedTuple):
@@ -41,7 +43,7 @@ class Tiles(NamedTuple):
     least: int = 1  # tiles in a program's share: work that is split no further needs less merging
 
 
-def tiles(head_dim: int, itemsize: int, capability: int, many: bool) -> Tiles:
+def tiles(head_dim: int, itemsize: int, capability: int, requests: int) -> Tiles:
     """Of those that spill nothing, what keeps the most bytes on their way; for few requests, what is done soonest.
 
     K and V tiles of all stages fit in 99 KB where that is the limit.
@@ -55,8 +57,8 @@ def tiles(head_dim: int, itemsize: int, capability: int, many: bool) -> Tiles:
         return Tiles(64 if large else 32, 8, 3, 1)
     if wide == 128:
         return Tiles(32, 8, 3, 2) if capability == 120 else Tiles(64, 4, 3, 2 if large else 1)
-    if wide == 64 and many and capability == 90:  # 64 x 512: 3.0 TB/s on an H200; 64 keys at a time 2.1
-        return Tiles(128, 4, 3, 2)
+    if wide == 64 and requests > FEW and capability == 90:  # on an H200, 64 keys at a time are slower by up to a half
+        return Tiles(128, 4, 3, 2) if requests > SOME else Tiles(128, 8, 3, 1, least=2)
     return Tiles(64, 8 if wide == 64 and capability >= 100 else 4, 3, 3)
 
 
@@ -79,7 +81,7 @@ def decode(
     heads, head_dim = q.shape[1:]
     kv_heads = k_pool.shape[1]
     if shape is None:
-        shape = tiles(head_dim, q.element_size(), capability(q.device), decodes > FEW)
+        shape = tiles(head_dim, q.element_size(), capability(q.device), decodes)
     limit = max_segments(kv_heads)
     span = table.shape[1] if window is None else min(table.shape[1], window + shape.block_n)
     segments = min(max(triton.cdiv(span, SEGMENT), 1), limit)
@@ -128,13 +130,14 @@ def aot_cases(capability: int) -> list[AotCase]:
     sizes += [(d, "fp32", 4, True) for d in (16, 32, 64, 80, 96, 112, 128, 256)]
     sizes += [(128, "fp16", 4, False), (64, "bf16", 7, False)]
     sizes += [(128, "bf16", g, False) for g in (1, 2, 3, 5, 7, 8, 16)]
-    few = tiles(64, 2, capability, False)
+    few = tiles(64, 2, capability, FEW)
     few = [few._replace(release=when, asked=n) for when, n in ((AT_ONCE, 0), (WAITED, 2), (LAST, 8))]
+    few.append(tiles(64, 2, capability, SOME))
     return [_case(capability, *size) for size in sizes] + [_case(capability, 64, "bf16", 4, False, f) for f in few]
 
 
 def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool, few: Tiles | None = None) -> AotCase:
-    shape = few or tiles(head_dim, 4 if dtype == "fp32" else 2, capability, True)
+    shape = few or tiles(head_dim, 4 if dtype == "fp32" else 2, capability, SOME + 1)
     kinds = dict.fromkeys(("q", "k_pool", "v_pool", "out"), f"*{dtype}") | {"scale": "fp32"}
     kinds |= dict.fromkeys(("table", "rows", "kv_len", "tickets"), "*i32") | {"partial": "*fp32", "stats": "*fp32"}
     kinds |= dict.fromkeys(("table_stride", "decodes", "segments", "window", "least"), "i32")
@@ -142,7 +145,7 @@ def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool
     constants |= {"BLOCK_N": shape.block_n, "RELEASE": shape.release, "ASKED": shape.asked, "PDL": capability >= 90}
     constants |= sizes(group, head_dim)
     name = f"decode-{dtype}-d{head_dim}-g{group}" + "-window" * windowed
-    name += f"-few-r{few.release}a{few.asked}" if few else ""
+    name += f"-tile{few.block_n}r{few.release}a{few.asked}" if few else ""
     unaligned = dict.fromkeys(("table", "rows", "kv_len"), 1)
     return AotCase(
         name, _decode_kernel, kinds, constants, unaligned, shape.num_warps, shape.num_stages, SHARED[capability]

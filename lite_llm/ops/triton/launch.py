@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra import cuda as _cuda
 
 TICKETS = 1 << 16
+_LINE = tl.constexpr(128)  # bytes that one prefetch brings
 AT_ONCE, WAITED, LAST = 0, 1, 2
 """When a program calls `release`: at its start, behind its wait, behind its loop. A field of the tiles."""
 
@@ -42,6 +43,16 @@ def _tickets(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(TICKETS, dtype=torch.int32, device=device)
 
 
+def share(ahead: Tensor | None, most: int, programs: int, warps: int) -> tuple[Tensor | None, int, int]:
+    """A weight of which `programs` programs prefetch `most` bytes, how many lines that is, and how many of them one
+    program takes (0: none are prefetched).
+    """
+    if ahead is None or not most or not pdl(ahead.device) or not ahead.is_contiguous():
+        return None, 0, 0
+    lines = min(most, ahead.numel() * ahead.element_size()) // _LINE.value
+    return ahead, lines, max(triton.next_power_of_2(triton.cdiv(lines, programs)), 32 * warps)
+
+
 @triton.jit
 def wait(PDL: tl.constexpr):
     """From here on everything that earlier kernels wrote is visible."""
@@ -62,3 +73,20 @@ def prefetch(at):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def prefetch_share(ahead, lines, program, LINES: tl.constexpr):
+    """Prefetch the lines of a weight that are one program's, as `share` deals them out."""
+    if LINES > 0:
+        first = program * LINES
+        if first < lines:
+            line = tl.minimum(first + tl.arange(0, LINES), lines - 1).to(tl.int64)
+            prefetch(ahead.to(tl.pointer_type(tl.uint8)) + line * _LINE)
+
+
+@triton.jit
+def prefetch_rows(rows, first, last, COLUMNS: tl.constexpr):
+    """Prefetch COLUMNS columns from `first` on, but none behind `last`, of the rows that these pointers begin."""
+    STEP: tl.constexpr = _LINE // (rows.dtype.element_ty.primitive_bitwidth // 8)
+    prefetch(rows[:, None] + tl.minimum(first + tl.arange(0, COLUMNS // STEP) * STEP, last)[None, :])

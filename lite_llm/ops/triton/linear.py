@@ -1,7 +1,7 @@
 """The matmuls of dense weights, with all that surrounds them: norms, biases, activations, the residual, RoPE.
 
-Up to some tens of tokens one kernel does all of that in one pass over the weight: from registers for few tokens, eight
-at most (gemv.py), from shared memory for more (skinny.py). Which, and with which tile, stands in a table (tuning.py).
+Up to some tens of tokens one kernel does all of that in one pass over the weight: from registers for four tokens at
+most (gemv.py), from shared memory for more (skinny.py). Which, and with which tile, stands in a table (tuning.py).
 All else, and whatever those two do not support, is cuBLAS between separate kernels.
 """
 

@@ -13,11 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from lite_llm.ops.triton.aot import SHARED, AotCase
-from lite_llm.ops.triton.launch import AT_ONCE, LAST, WAITED, pdl, prefetch, release, tickets, wait
+from lite_llm.ops.triton.launch import (
+    AT_ONCE,
+    LAST,
+    WAITED,
+    pdl,
+    prefetch_rows,
+    prefetch_share,
+    release,
+    share,
+    tickets,
+    wait,
+)
 from lite_llm.ops.triton.norm import rms_norm
 
 MOST_TOKENS = 128
-_LINE = tl.constexpr(128)  # bytes that one prefetch brings
 _HELD = 64  # registers of a thread for partial sums on their way in
 _POWERS = {1 << n for n in range(12)}
 
@@ -83,7 +93,7 @@ def skinny(
     out = x.new_empty(tokens, outputs) if residual is None else residual
     blocks, dependent = triton.cdiv(outputs, tile.rows), pdl(x.device)
     partial, squares, arrivals = workspace(x, len(weight), blocks, blocks, tile) if tile.splits > 1 else (None,) * 3
-    ahead, lines, each = share(ahead, tile, blocks * tile.splits)
+    ahead, lines, each = share(ahead, tile.ahead, blocks * tile.splits, tile.warps)
     _skinny_kernel[(blocks, tile.splits)](
         out, x, weight, bias, norm, residual, ahead, partial, squares, arrivals, eps, tokens, lines,
         IN=in_features, OUT=outputs, GATED=gated, LINES=each, PDL=dependent,
@@ -108,14 +118,6 @@ def workspace(x: Tensor, rows: int, blocks: int, groups: int, tile: Tile) -> tup
     return partial, squares, tickets(groups, x.device)
 
 
-def share(ahead: Tensor | None, tile: Tile, programs: int) -> tuple[Tensor | None, int, int]:
-    """The weight to prefetch, how many of its lines, and how many of these one program takes (0: none)."""
-    if ahead is None or not tile.ahead or ahead.device.type != "cuda" or not ahead.is_contiguous():
-        return None, 0, 0
-    lines = min(tile.ahead, ahead.numel() * ahead.element_size()) // _LINE.value
-    return ahead, lines, max(triton.next_power_of_2(triton.cdiv(lines, programs)), 32 * tile.warps)
-
-
 def constexprs(tile: Tile, in_features: int, sums: int, dependent: bool) -> dict[str, int]:
     """What both kernels take from a tile; `sums` counts what is held for a token where partial sums are added up."""
     part = triton.cdiv(in_features, tile.splits * tile.columns) * tile.columns
@@ -137,11 +139,10 @@ def begin(
     if RELEASE == 0:
         release(PDL)
     if OWN > 0:
-        step: tl.constexpr = _LINE // (weight.dtype.element_ty.primitive_bitwidth // 8)
-        col = tl.minimum(tl.program_id(1) * PART + tl.arange(0, OWN // step) * step, IN - 1)
-        prefetch(weight + row.to(tl.int64)[:, None] * IN + col[None, :])
+        first = tl.program_id(1) * PART
+        prefetch_rows(weight + row.to(tl.int64) * IN, first, IN - 1, OWN)
         if GATED:
-            prefetch(weight + up_row.to(tl.int64)[:, None] * IN + col[None, :])
+            prefetch_rows(weight + up_row.to(tl.int64) * IN, first, IN - 1, OWN)
     wait(PDL)
     if RELEASE == 1:
         release(PDL)
@@ -152,11 +153,7 @@ def end(ahead, lines, LINES: tl.constexpr, RELEASE: tl.constexpr, PDL: tl.conste
     """Behind the loop the memory has nothing to do: prefetch this program's share of the weight ahead."""
     if RELEASE == 2:
         release(PDL)
-    if LINES > 0:
-        first = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * LINES
-        if first < lines:
-            line = tl.minimum(first + tl.arange(0, LINES), lines - 1).to(tl.int64)
-            prefetch(ahead.to(tl.pointer_type(tl.uint8)) + line * _LINE)
+    prefetch_share(ahead, lines, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), LINES)
 
 
 @triton.jit

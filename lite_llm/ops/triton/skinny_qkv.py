@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lite_llm.ops.triton.aot import SHARED, AotCase
-from lite_llm.ops.triton.launch import pdl
+from lite_llm.ops.triton.launch import pdl, share
 from lite_llm.ops.triton.skinny import (
     Tile,
     begin,
@@ -15,7 +15,6 @@ from lite_llm.ops.triton.skinny import (
     is_last,
     normed,
     product,
-    share,
     total,
     workspace,
 )
@@ -37,7 +36,7 @@ def skinny_qkv(
     groups, dependent = triton.cdiv(heads + 2 * kv_heads, per_block), pdl(x.device)
     blocks, wide = groups * per_head, triton.next_power_of_2(head_dim // 2)
     partial, squares, arrivals = workspace(x, len(weight), blocks, groups, tile)
-    ahead, lines, each = share(ahead, tile, blocks * tile.splits)
+    ahead, lines, each = share(ahead, tile.ahead, blocks * tile.splits, tile.warps)
     _skinny_qkv_kernel[(blocks, tile.splits)](
         q, k_pool, v_pool, x, weight, bias, norm, positions, slots, cos, sin, q_norm, k_norm, ahead,
         partial, squares, arrivals, eps, tokens, lines, k_pool.stride(0), v_pool.stride(0),
