@@ -9,6 +9,7 @@ import functools
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,9 +88,9 @@ class Engine:
         if self.runner.fixed and self.stream:
             with self._on_stream():
                 with warm.ahead_of_time(self.kv.k.device, say):
-                    self.runner.warm()
+                    self.runner.rehearse()
                 self.runner.capture(say)
-                self.state.step.fill_(self.launched)
+                self.state.step.fill_(self._line)
 
     def finish(self) -> None:
         """Wait for the steps under way; their tokens are lost."""
@@ -129,7 +130,7 @@ class Engine:
             except BaseException:
                 self.scheduler.fail(plan, "error")
                 with self._on_stream():  # the device may have counted the step
-                    self.state.step.fill_(self.launched)
+                    self.state.step.fill_(self._line)
                 raise
         news, due = [], self.ahead if plan else max(len(self.flights) - 1, 0)
         while self.flights and (len(self.flights) > due or self.flights[0].is_here):
@@ -141,6 +142,11 @@ class Engine:
                     self.scheduler.cancel(request, "error")
                 raise
         return news
+
+    @property
+    def _line(self) -> int:
+        """Of the ring, where the last step writes; the device counts the same, and so never beyond int32."""
+        return self.launched % len(self.state.ring)
 
     def _on_stream(self) -> contextlib.AbstractContextManager:
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
@@ -167,7 +173,7 @@ class Engine:
             landed.record()
         self.launched += 1
         self.scheduler.launched(plan)
-        return Flight(sampled, self.launched % len(self.state.ring), logprobs, landed)
+        return Flight(sampled, self._line, logprobs, landed)
 
     def _land(self, flight: Flight) -> list[Request]:
         """Read a step's tokens and commit them."""
@@ -186,9 +192,10 @@ class Engine:
     def _logprobs(self, sampled: list[tuple[Request, int]]) -> Tensor:
         """Numbers for `_logprobs`, on their way to the CPU: fp32, the ids as bits of int32."""
         most = min(max(r.params.logprobs or 0 for r, _ in sampled), self.cfg.vocab)
-        rows, places = torch.tensor([[r.row for r, _ in sampled], [place for _, place in sampled]]).to(self.kv.k.device)
-        logprobs = self.runner.raw[places].float().log_softmax(-1)
-        own = logprobs.gather(1, self.state.last[rows].clamp(min=0).long()[:, None])
+        pieces = {"rows": [r.row for r, _ in sampled], "places": [place for _, place in sampled]}
+        t = self.state.upload({name: np.array(piece, dtype=np.int32) for name, piece in pieces.items()})
+        logprobs = self.runner.raw[t["places"].long()].float().log_softmax(-1)
+        own = logprobs.gather(1, self.state.last[t["rows"].long()].clamp(min=0).long()[:, None])
         values, ids = logprobs.topk(most)
         numbers = torch.cat([own, values, ids.int().view(torch.float32)], 1)
         there = torch.empty(numbers.shape, dtype=torch.float32, pin_memory=self.stream is not None)

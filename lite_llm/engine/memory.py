@@ -16,6 +16,12 @@ _NODES, _NODE = 9, 8 << 10
 """Kernels of a layer in a CUDA graph, at most, and the driver's memory for each, a guess on the safe side: 66 graphs of
 Llama-3.2-1B took 458 MiB of an H200, the activations that they share included."""
 
+_MOST_OWNERS = 1 << 16
+"""Requests times KV heads: flash-decoding takes a ticket for each, from a buffer that all kernels share."""
+_SEGMENT, _SPLITS, _FEW = 64, 8, 128
+"""Keys in flash-decoding's smallest segment; ways that a matmul's input is split at most; tokens up to which it is.
+tools/tune.py tries no more ways. A vocabulary fills any GPU: its matmul is split less, and needs no more than these."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -54,6 +60,12 @@ def plan_memory(
     cfg: ModelConfig, config: EngineConfig, device: torch.device, dtype: torch.dtype, weights: int
 ) -> MemoryPlan:
     """Divide the device's free memory. DoesNotFit, with the numbers, if the wishes in `config` cannot be met."""
+    if config.max_requests * cfg.kv_heads > _MOST_OWNERS:
+        raise UsageError(
+            f"max_requests = {config.max_requests}; with the {cfg.kv_heads} KV heads of this model at most "
+            f"{_MOST_OWNERS // cfg.kv_heads} can advance together",
+            "lower max_requests",
+        )
     free, item = free_memory(device), dtype.itemsize
     limit = int(free * config.memory_fraction)
     kv_token = 2 * cfg.num_layers * cfg.kv_heads * cfg.head_dim * item
@@ -62,17 +74,18 @@ def plan_memory(
         raise UsageError(f"context = {wanted}; this model is made for at most {cfg.max_len} tokens", "lower context")
 
     def workspace(context: int) -> int:
-        """Activations of a full step, logits in fp32 with the sampler's copies, the tables, and the CUDA graphs."""
+        """Activations of a full step, logits in fp32 with the sampler's copies, tables, partial sums, CUDA graphs."""
         wide = 5 * cfg.hidden + 2 * (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim + 3 * cfg.ffn
         rows = config.max_requests + 1
         logits = 2 * rows * cfg.vocab * (2 * item + 4 * 2)  # a step may hold as many prompts as decodes
         tables = rows * (4 * context + 8 * cfg.vocab) + 4 * context * cfg.rope.rotary
         tokens = config.step_tokens + config.max_requests
+        partial = partial_sums(cfg, config.max_requests, context) if device.type == "cuda" else 0
         graphs = 0
         if device.type == "cuda" and config.cuda_graphs:
             nodes = sum(2 * (_NODES * cfg.num_layers + 16) for _ in shapes(config.max_requests, config.step_tokens))
             graphs = nodes * _NODE
-        return tokens * wide * item + logits + tables + graphs + _RESERVE[device.type]
+        return tokens * wide * item + logits + tables + partial + graphs + _RESERVE[device.type]
 
     if config.kv_tokens and config.context and config.context > config.kv_tokens:
         raise DoesNotFit(f"context = {config.context} is more than the pool will hold: kv_tokens = {config.kv_tokens}")
@@ -91,6 +104,21 @@ def plan_memory(
     tokens = config.kv_tokens or min(useful, room)
     context = min(wanted, tokens)
     return MemoryPlan(str(device), free, limit, weights, workspace(context), kv_token, tokens, context, wanted)
+
+
+def partial_sums(cfg: ModelConfig, requests: int, context: int) -> int:
+    """What programs on a GPU that share a result hand to each other, in fp32; one layer's at a time.
+
+    Of each head of each decoding request, for each segment of its keys: head_dim sums, their weight and the highest
+    score. More KV heads fill a GPU with fewer segments (`max_segments` in ops/triton/decode.py). Of a matmul of few
+    tokens: its outputs, once for each split, and for every 16 of them or more a sum of squares (`workspace` in
+    ops/triton/skinny.py).
+    """
+    most = min(max(1 << (256 // cfg.kv_heads - 1).bit_length(), 16), 64)
+    segments = min(-(-context // _SEGMENT), most)
+    widest = max(cfg.hidden, (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim, 2 * cfg.ffn)
+    matmul = _SPLITS * _FEW * (widest + -(-widest // 16))
+    return 4 * (requests * cfg.heads * segments * (cfg.head_dim + 2) + matmul)
 
 
 def free_memory(device: torch.device) -> int:

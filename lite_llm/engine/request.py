@@ -108,7 +108,7 @@ def _a(kind: type) -> str:
 
 @dataclass(eq=False)
 class Request:
-    """One answer in progress. The scheduler places it; `commit` alone adds to `ids` and ends it."""
+    """One answer in progress. The scheduler places it; its `commit` alone adds to `ids`, its `cancel` may end it."""
 
     ids: list[int]  # prompt, then answer
     params: SamplingParams  # resolved
@@ -120,8 +120,8 @@ class Request:
     slots: list[int] = field(default_factory=list)  # where the cached tokens are, in order, and the next ones will be
     shared: int = 0  # of these, the first ones that belong to the prefix cache
     node: object = None  # locked place in the prefix cache, while running
-    row: int | None = None  # row of the slot table, while running
-    written: int = 0  # slots that the device's table knows
+    row: int | None = None  # of the device's tables, while running
+    written: int = 0  # of the slots, the first ones that the device's table knows; 0: it knows nothing of the request
     held: int = -1  # position of the token that the device holds, ready to be computed; -1: none
     finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     logprobs: list["TokenLogprobs"] = field(default_factory=list)
@@ -157,6 +157,18 @@ class Request:
     def satisfied(self) -> bool:
         """Whether the tokens under way are its last, whatever they are."""
         return len(self.ids) + self.flying >= self.max_len
+
+    @property
+    def state(self) -> str:
+        """ "waiting" for a row, "prompt" while tokens that are known are computed, "decoding", or "done".
+
+        A preempted request waits again, and what it had said is then part of its prompt.
+        """
+        if self.finish_reason is not None:
+            return "done"
+        if self.row is None:
+            return "waiting"
+        return "decoding" if self.decoding else "prompt"
 
     @property
     def adjusted(self) -> bool:

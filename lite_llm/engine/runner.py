@@ -132,7 +132,7 @@ class Runner:
         torch.cuda.current_stream().synchronize()
         say("capturing graphs", len(todo), len(todo))
 
-    def warm(self) -> None:
+    def rehearse(self) -> None:
         """Run every fixed shape once with pads alone: afterwards no kernel is new."""
         for shape in reversed(self.fixed):
             for adjusted in (True, False):
@@ -144,7 +144,7 @@ class Runner:
         total, requests = n + shape.tokens, shape.requests
         ops.decode_inputs_(
             i["tokens"], i["positions"], i["slots"], i["kv_len"], i["rows"][:n], s.last, s.length, s.ended, s.table,
-            s.step,
+            s.step, len(s.ring),
         )  # fmt: skip
         batch = Batch(
             tokens=i["tokens"][:total],

@@ -23,7 +23,7 @@ class Scheduler:
 
     One token is kept back for each running request, so no decode ever waits for a prompt; the rest goes to prompts.
     Chunked prompts and mixed batches need no code of their own. When the pool is full, the youngest running request
-    gives its slots up and is computed again later.
+    gives its slots up and is computed again later; but first all give up what they do not need yet.
     """
 
     def __init__(
@@ -37,11 +37,17 @@ class Scheduler:
         self.free_rows = list(range(max_requests))[::-1]
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission, oldest first
+        self.made = 0  # tokens of all answers since the start
 
     @property
     def capacity(self) -> int:
         """Tokens that the pool can hold at most."""
         return self.slots.total - 1
+
+    @property
+    def taken(self) -> int:
+        """Slots that running requests hold, each counted once; the prefix cache may hold more, but gives them up."""
+        return self.capacity - self.slots.free_count - self.prefix.evictable
 
     def add(self, request: Request) -> None:
         """Queue a request. ContextExceeded if its prompt and one token could never fit."""
@@ -89,6 +95,7 @@ class Scheduler:
             request.flying -= 1
             if request.finish_reason is None:
                 request.append(token)
+                self.made += token >= 0
                 if request.finish_reason:
                     self._remove(request)
 
@@ -119,6 +126,10 @@ class Scheduler:
         assert all(len(request.slots) >= request.cached for request in self.running)
         assert all(request.row is None and not request.slots for request in self.waiting)
 
+    @property
+    def _full(self) -> bool:
+        return not self.slots.free_count and not self.prefix.evictable
+
     def _admit(self, request: Request) -> bool:
         """Start the first waiting request if all it must compute fits, with one token for each running one."""
         if request.flying:
@@ -139,7 +150,9 @@ class Scheduler:
     def _grow(self, request: Request, limit: int) -> int:
         """Give a request slots for its next tokens, at most `limit`; returns how many, 0 if it had to give way."""
         have = len(request.slots) - request.cached
-        while not have and not self.slots.free_count and not self.prefix.evictable:
+        if not have and self._full:
+            self._unstock()
+        while not have and self._full:
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is request:
@@ -160,6 +173,18 @@ class Scheduler:
             if request.decoding and not request.satisfied and spare < RUN // 2:
                 more = min(RUN - spare, plenty, request.max_len - len(request.slots))
                 request.slots += self.slots.alloc(max(more, 0), after=request.slots[-1])
+
+    def _unstock(self) -> None:
+        """Take back what those that decode got to go on with, but for the slot of the token that comes next.
+
+        No step under way writes there: what it writes counts as cached. The device hears of other slots before it does.
+        """
+        for request in self.running:
+            keep = request.cached + 1
+            if request.decoding and len(request.slots) > keep:
+                self.slots.free(request.slots[keep:])
+                del request.slots[keep:]
+                request.written = min(request.written, keep)
 
     def _preempt(self, request: Request) -> None:
         request.preemptions += 1

@@ -44,7 +44,7 @@ class DeviceState:
         self.stop_ids = torch.full((rows, MAX_STOPS), -1, **ints)  # -1: unused
         self.counts = torch.zeros(rows, vocab, **ints)  # occurrences in the output; flag PROMPT: in the prompt
         self.bias = torch.zeros(rows, vocab, dtype=torch.float32, device=device)
-        self.step = torch.zeros(1, **ints)  # steps so far
+        self.step = torch.zeros(1, **ints)  # the line of the ring that the last step wrote to
         # The device writes each step's tokens straight into the CPU's memory, in turn.
         self.ring = torch.zeros(depth, 2 * rows, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.ended[self.pad_row] = 1

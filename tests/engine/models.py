@@ -227,6 +227,13 @@ def tiny_config(vocab: int, max_len: int) -> ModelConfig:
     )  # fmt: skip
 
 
+def fill_(model: nn.Module, seed: int = 0) -> None:
+    """Weights that keep logits of order one, for facts that no config.json states."""
+    random = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for param in model.parameters():
+        param.normal_(*((1.0, 0.1) if param.dim() == 1 else (0.0, param.shape[-1] ** -0.5)), generator=random)
+
+
 class Rig:
     """An engine over a poisoned pool, recounted after every step; free slots and rows are poisoned again."""
 

@@ -12,8 +12,7 @@ from lite_llm.errors import ContextExceeded
 from lite_llm.layers import LayerFactory
 from lite_llm.llm import DEMO, LLM
 from lite_llm.models.llama import Llama
-from lite_llm.weights.random import fill_random
-from tests.engine.models import Rig, alone, ask, check_batch, tiny_config
+from tests.engine.models import Rig, alone, ask, check_batch, fill_, tiny_config
 from tests.engine.test_sampling import WISHES, check
 
 COPY = DEMO.parent / "copy"
@@ -161,6 +160,32 @@ def test_a_huge_min_tokens_harms_nobody():
     check([neighbour, greedy])
 
 
+@pytest.mark.parametrize("ahead, padded", [(0, False), (1, True), (2, False), (3, True)])
+def test_slots_taken_back_from_a_stock_are_forgotten_by_the_device(ahead, padded):
+    """They go to another request; whoever had them goes on in others, while steps are under way."""
+    rig = Rig(slots=150, step_tokens=150, max_len=150, prefix_cache=False, ahead=ahead, padded=padded)
+    few = [rig.add([i, 1], max_tokens=30) for i in range(3)]
+    for _ in range(3 + ahead):
+        rig.step()
+    stock = sum(len(request.slots) for request in few)
+    big = rig.add([0] * (rig.scheduler.slots.free_count - 4), max_tokens=12)
+    while sum(len(request.slots) for request in few) >= stock:
+        rig.step()
+    assert big.row is not None and not big.preemptions
+    rig.run()
+    check([*few, big])
+
+
+def test_steps_are_counted_for_longer_than_int32_allows():
+    rig = Rig(ahead=1)
+    rig.engine.launched = 2**31 - 4
+    rig.engine.state.step.fill_(rig.engine.launched % len(rig.engine.state.ring))
+    requests = [ask([i, 1, 0], max_tokens=9) for i in range(4)]
+    rig.answers(*requests)
+    check(requests)
+    assert rig.engine.launched > 2**31 and 0 <= rig.engine.state.step.item() < len(rig.engine.state.ring)
+
+
 def test_no_step_is_launched_for_a_token_behind_the_last():
     rig = Rig(ahead=2)
     rig.answers(ask([1, 2], max_tokens=3))
@@ -206,7 +231,7 @@ def test_a_request_finished_by_somebody_else_is_not_touched_again():
 def llama():
     cfg = tiny_config(vocab=24, max_len=64)
     model = Llama(LayerFactory(torch.float32), cfg).eval()
-    fill_random(model, seed=1)
+    fill_(model, seed=1)
     return model, cfg
 
 

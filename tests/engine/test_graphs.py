@@ -13,8 +13,7 @@ from lite_llm.engine.engine import Flight
 from lite_llm.engine.request import Request, SamplingParams
 from lite_llm.engine.runner import Shape
 from lite_llm.rope import Rope
-from lite_llm.weights.random import fill_random
-from tests.engine.models import tiny_config
+from tests.engine.models import fill_, tiny_config
 
 WISHES = (
     {"temperature": 0.0},
@@ -52,7 +51,7 @@ def answers(seed: int, graphs: bool) -> list[tuple]:
     """Of thirty requests that come in at random. An engine that nobody warmed pads its steps but records nothing."""
     draw = random.Random(seed)
     config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=1500, context=500, max_requests=12, step_tokens=96)
-    engine = Blueprint(config_of(600), config).build(lambda model: fill_random(model, seed))
+    engine = Blueprint(config_of(600), config).build(lambda model: fill_(model, seed))
     if graphs:
         engine.warm(lambda *_: None)
     assert bool(engine.runner.graphs) == graphs
@@ -79,11 +78,32 @@ def test_graphs_and_eager_steps_say_the_same(seed, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_no_step_waits_for_the_device():
+    """Whoever asks for logprobs, joins, or gets slots: a step only sends; its tokens are read once they are here."""
+    config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=1500, context=500, max_requests=4, step_tokens=96)
+    engine = Blueprint(config_of(600), config).build(fill_)
+    engine.warm(lambda *_: None)
+    requests = []
+    for i, wish in enumerate(WISHES * 2):
+        params = SamplingParams(max_tokens=20 + i, seed=i, **wish).resolved({})
+        requests.append(Request(list(range(30 + i)), params, frozenset(params.stop_token_ids), max_len=50 + 2 * i))
+        engine.add(requests[-1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while not engine.idle:
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert {request.finish_reason for request in requests} <= {"length", "stop"}
+    assert any(request.logprobs for request in requests)
+
+
+@pytest.mark.gpu
 @torch.inference_mode()
 def test_a_replay_gives_the_bits_of_an_eager_step():
     torch.manual_seed(0)
     config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=3000, context=1000, max_requests=8, step_tokens=64)
-    engine = Blueprint(config_of(1000), config).build(fill_random)
+    engine = Blueprint(config_of(1000), config).build(fill_)
     engine.warm(lambda *_: None)
     run, state, i = engine.runner, engine.state, engine.runner._inputs
     table = 1 + torch.randperm(2999, device="cuda")[: 8 * 300].int().view(8, 300)

@@ -1,18 +1,20 @@
 """What fits (KVP-06): tiny, exact and huge memory; wishes that cannot be met are refused with numbers."""
 
 import dataclasses
+import itertools
 import re
 
 import pytest
 import torch
 
-from lite_llm.config import EngineConfig
+from lite_llm.config import EngineConfig, HFConfig
 from lite_llm.engine import build, memory
 from lite_llm.engine.build import Blueprint
 from lite_llm.engine.memory import GIB, plan_memory, size
-from lite_llm.errors import DoesNotFit, EnvironmentProblem, LiteLLMError, UnsupportedModel
-from lite_llm.weights.random import fill_random
-from tests.engine.models import tiny_config
+from lite_llm.errors import DoesNotFit, EnvironmentProblem, LiteLLMError, UnsupportedModel, UsageError
+from lite_llm.models import registry, shapes
+from lite_llm.ops.triton import decode, launch, skinny, tuning
+from tests.engine.models import fill_, tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CFG = dataclasses.replace(tiny_config(vocab=1000, max_len=4096), hidden=64, ffn=128)
@@ -99,12 +101,60 @@ def test_a_cut_context_is_reported(plan):
 def test_the_plan_counts_the_bytes_of_the_real_model(tied):
     cfg = dataclasses.replace(CFG, tied_head=tied, qkv_bias=True, mlp_bias=True, qk_norm=True)
     blueprint = Blueprint(cfg, EngineConfig(device="cpu", kv_tokens=50, context=40))
-    engine = blueprint.build(fill_random)
+    engine = blueprint.build(fill_)
     storages = {p.data_ptr(): p.numel() * p.element_size() for p in engine.model.parameters()}
     assert blueprint.plan.weights == sum(storages.values())
     assert engine.kv.k.shape == engine.kv.v.shape == (2, 51, 2, 8)
     assert (engine.kv.k.nbytes + engine.kv.v.nbytes) == blueprint.plan.kv + blueprint.plan.kv_token
     assert engine.scheduler.capacity == 50 and engine.cfg.max_len == 40 and engine.state.table.shape == (65, 40)
+
+
+@pytest.mark.parametrize("path", sorted(tuning.TABLES.glob("*.json")), ids=lambda path: path.stem)
+def test_the_plan_has_room_for_the_partial_sums_of_every_kernel_in_the_tables(path, monkeypatch):
+    monkeypatch.setattr(tuning, "table", lambda device: tuning.by_shape(tuning.read(path)))
+    meta = torch.device("meta")
+    for name in shapes.shape_names():
+        cfg = registry.parse(HFConfig(shapes.shape_config(name)))
+        q, qkv = cfg.heads * cfg.head_dim, (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim
+        sizes = [("qkv", cfg.hidden, qkv), ("add", q, cfg.hidden), ("gated", cfg.hidden, 2 * cfg.ffn)]
+        sizes += [("add", cfg.ffn, cfg.hidden), ("linear", cfg.hidden, cfg.vocab)]
+        most = 0
+        for (op, width, rows), tokens in itertools.product(sizes, (1, 2, 4, 8, 16, 32, 64, 128)):
+            kernel, tile = tuning.choose.__wrapped__(CPU, op, width, rows, tokens)
+            if kernel == "skinny" and (tile.splits > 1 or op == "qkv"):
+                x = torch.empty(tokens, width, device=meta)
+                blocks = -(-rows // min(tile.rows, cfg.head_dim)) if op == "qkv" else -(-rows // tile.rows)
+                most = max(most, sum(t.nbytes for t in skinny.workspace(x, rows, blocks, 0, tile)))
+        for requests, context in ((1, 1), (64, 1000), (256, cfg.max_len)):
+            segments = min(-(-context // decode.SEGMENT), decode.max_segments(cfg.kv_heads))
+            partial = decode.workspace(requests, cfg.heads, segments, cfg.head_dim, meta)
+            assert most + sum(t.nbytes for t in partial) <= memory.partial_sums(cfg, requests, context), name
+
+
+def test_flash_decoding_is_given_what_it_takes_and_no_more():
+    for kv_heads in (1, 2, 3, 4, 5, 8, 12, 16, 17, 32, 256, 512):
+        cfg = dataclasses.replace(CFG, heads=2 * kv_heads, kv_heads=kv_heads)
+        alone = memory.partial_sums(cfg, 0, 1 << 20)
+        taken = decode.workspace(7, cfg.heads, decode.max_segments(kv_heads), cfg.head_dim, torch.device("meta"))
+        assert memory.partial_sums(cfg, 7, 1 << 20) - alone == sum(t.nbytes for t in taken)
+
+
+def test_the_plan_counts_partial_sums_on_a_gpu_alone(plan):
+    few, many = (plan(1 << 40, CUDA, max_requests=n, cuda_graphs=False).workspace for n in (1, 200))
+    rest = many - few - (memory.partial_sums(CFG, 200, 4096) - memory.partial_sums(CFG, 1, 4096))
+    few, many = (plan(1 << 40, CPU, max_requests=n).workspace for n in (1, 200))
+    assert many - few == rest
+
+
+def test_more_requests_than_there_are_tickets_are_refused():
+    wish, most = EngineConfig(max_requests=1, step_tokens=1 << 20), launch.TICKETS // CFG.kv_heads
+    for device in (CPU, CUDA):
+        with pytest.raises(UsageError, match=f"^max_requests = {most + 1}; with the 2 KV heads .* at most {most} "):
+            plan_memory(CFG, dataclasses.replace(wish, max_requests=most + 1), device, torch.float32, WEIGHTS)
+
+
+def test_as_many_requests_as_there_are_tickets_are_planned(plan):
+    assert plan(1 << 50, max_requests=launch.TICKETS // CFG.kv_heads, step_tokens=1 << 20).left > 0
 
 
 def test_devices_and_dtypes_that_do_not_exist():

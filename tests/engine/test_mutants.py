@@ -39,6 +39,7 @@ def scheduler() -> None:
     for seed in range(150):
         test_scheduler.trace(seed)
     test_scheduler.test_cancel_in_every_state()
+    test_scheduler.test_slots_on_stock_are_given_back_before_anybody_gives_way()
     test_scheduler.test_a_failed_request_is_not_cached()
     test_scheduler.test_an_evicted_request_is_next_in_line()
     test_scheduler.test_a_request_alone_may_fill_the_pool_to_the_last_slot(True)
@@ -50,6 +51,7 @@ def engine() -> None:
     for seed in range(8):
         test_engine.test_disorder_changes_no_answer(seed, seed % 4, seed % 3 == 0)
     test_engine.test_no_step_is_launched_for_a_token_behind_the_last()
+    test_engine.test_slots_taken_back_from_a_stock_are_forgotten_by_the_device(2, False)
     test_engine.test_a_token_that_ended_an_answer_on_the_device_counts_as_computed_nowhere(2)
     test_sampling.test_a_batch_of_different_wishes_changes_nobody(25, 4, 4, True)
     test_sampling.test_the_end_of_an_answer()
@@ -143,6 +145,10 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("max(len(request.ids) - 1, request.shared)", "len(request.ids)", engine),  # what was never computed is cached
         ("request.row is None or request.satisfied or", "request.row is None or", engine),
         ("if request.flying:", "if False:", engine),
+        ("            self._unstock()", "            pass", scheduler),
+        ("keep = request.cached + 1", "keep = request.cached", scheduler),
+        ("del request.slots[keep:]", "pass", scheduler),
+        ("request.written = min(request.written, keep)", "pass", engine),
     ],
     "request": [
         ("not low <= value <= high:", "value < low or value > high:", request),  # NaN passes
@@ -194,8 +200,8 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("any(request.adjusted for request in requests)", "False", engine),
         ("self.launched % len(self.state.ring)", "(self.launched + 1) % len(self.state.ring)", engine),
         ("and token >= 0:\n", ":\n", engine),
-        ("self.state.step.fill_(self.launched)\n                raise", "pass\n                raise", engine),
-        ("values, ids = logprobs.topk(most)", "values, ids = self.runner.raw[places].topk(most)", engine),
+        ("self.state.step.fill_(self._line)\n                raise", "pass\n                raise", engine),
+        ("values, ids = logprobs.topk(most)", 'values, ids = self.runner.raw[t["places"].long()].topk(most)', engine),
         ("(len(self.flights) > due or", "(len(self.flights) > due + 1 or", engine),
     ],
 }

@@ -240,6 +240,22 @@ def test_an_evicted_request_is_next_in_line():
     assert first.finish_reason == second.finish_reason == third.finish_reason == "length"
 
 
+def test_slots_on_stock_are_given_back_before_anybody_gives_way():
+    """The prompt took what the other one left free; the rest of its stock serves both until the pool is full."""
+    sim = Simulation(slots=400, rows=2, step_tokens=400, cache=False)
+    old = sim.add([1], 300)
+    for _ in range(2):
+        sim.step()
+    assert len(old.slots) - old.cached > 50
+    young = sim.add([0] * (sim.scheduler.slots.free_count - 1), 200)
+    while not young.preemptions:
+        held = old.cached + young.cached
+        sim.step()
+    assert held >= sim.scheduler.capacity - 1
+    sim.run()
+    assert old.output == answer_of(old, [1], 4) and old.preemptions == 0
+
+
 def test_cancel_in_every_state():
     """SCH-08: waiting, in its prompt, decoding, preempted, ended, unknown; the slots are back at once."""
     for steps in range(12):

@@ -1,5 +1,7 @@
 """What a step reads of the state on the device and what its tokens change, kernel against reference: exactly equal."""
 
+import functools
+
 import pytest
 import torch
 
@@ -54,9 +56,20 @@ def decode_state(decodes, owners, length=40, room=None):
 @pytest.mark.parametrize("decodes", [0, 1, 5, 127, 128, 129, 300])
 def test_the_inputs_of_a_step_are_those_of_the_reference(decodes):
     state = decode_state(decodes, 200)
-    got, want = run(kernels.decode_inputs_, state), run(reference.decode_inputs_, state)
+    got, want = run(kernels.decode_inputs_, state, depth=9), run(reference.decode_inputs_, state, depth=9)
     assert_equal(got, want)
     assert got["step"].item() == 8 and (got["tokens"][decodes:] == POISON).all()
+
+
+@both
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 16])
+def test_steps_are_counted_modulo_the_depth_of_the_ring(backend, depth):
+    """A count that only grows passes int32 after some weeks."""
+    state, seen = decode_state(2, 5) | {"step": ints(0)}, []
+    for _ in range(2 * depth + 1):
+        backend.decode_inputs_(**state, depth=depth)
+        seen.append(state["step"].item())
+    assert seen == [(i + 1) % depth for i in range(2 * depth + 1)]
 
 
 @both
@@ -65,7 +78,7 @@ def test_a_request_that_has_ended_computes_a_pad(backend):
     state = decode_state(3, 4)
     state |= {"rows": ints(2, 0, 3), "last": ints(5, 6, 7, POISON), "ended": ints(0, 0, 1, 1)}
     state |= {"length": ints(39, 1, 10**9, -1)}
-    got = run(backend.decode_inputs_, state)
+    got = run(backend.decode_inputs_, state, depth=9)
     assert got["tokens"][:3].tolist() == [0, 5, 0] and got["positions"][:3].tolist() == [0, 39, 0]
     assert got["slots"][:3].tolist() == [0, state["table"][0, 39].item(), 0]
     assert got["kv_len"][:3].tolist() == [0, 40, 0]
@@ -78,7 +91,7 @@ def step_state(count, owners, vocab, stops, depth=4):
     stop_ids = torch.where(random_ints(0, 2, owners, stops) > 0, random_ints(0, vocab, owners, stops), -1)
     state |= {"stop_ids": stop_ids, "max_len": random_ints(10, 40, owners), "counting": random_ints(0, 2, owners)}
     counts = random_ints(0, 3, owners, vocab) + PROMPT * random_ints(0, 2, owners, vocab)
-    return state | {"counts": counts, "ring": full(depth, count + 2), "step": ints(depth * 5 + 3)}
+    return state | {"counts": counts, "ring": full(depth, count + 2), "step": ints(depth - 1)}
 
 
 @pytest.mark.parametrize("stops", [1, 5, 64])
@@ -107,7 +120,7 @@ def test_what_ends_a_request(backend):
 
 @both
 def test_rows_of_nobody_and_of_the_ended_change_nothing_but_the_ring(backend):
-    state = step_state(4, 4, 20, 3) | {"rows": ints(1, 3, 3, 0), "chosen": ints(4, 5, -1, 6), "step": ints(6)}
+    state = step_state(4, 4, 20, 3) | {"rows": ints(1, 3, 3, 0), "chosen": ints(4, 5, -1, 6), "step": ints(2)}
     state |= {"ended": ints(1, 0, POISON, 0), "counting": ints(1, 1, 1, 1), "max_len": ints(0, 100, 0, 0)}
     got = run(backend.advance_, state)
     assert got["ring"][2].tolist() == [4, NO_TOKEN, NO_TOKEN, NO_TOKEN, POISON, POISON]
@@ -203,7 +216,8 @@ def test_stops_are_banned_until_the_request_is_long_enough(backend):
 
 def test_wrong_arguments_are_named():
     logits, args = torch.zeros(2, 40, device=DEVICE), adjustments(2, 3, 40)
-    cases = [(kernels.adjust_, {"logits": logits} | args), (kernels.decode_inputs_, decode_state(4, 5))]
+    decode_inputs_ = functools.partial(kernels.decode_inputs_, depth=4)
+    cases = [(kernels.adjust_, {"logits": logits} | args), (decode_inputs_, decode_state(4, 5))]
     cases += [(kernels.advance_, step_state(4, 5, 20, 2))]
     for op, tensors in cases:
         for name, x in tensors.items():
@@ -216,6 +230,8 @@ def test_wrong_arguments_are_named():
     for name, match in [("counts", "counts: shape"), ("bias", "bias: shape"), ("rows", "rows: shape")]:
         with pytest.raises(ValueError, match=match):
             kernels.adjust_(logits, **args | {name: args[name][..., :-1].contiguous()})
+    with pytest.raises(ValueError, match="depth: 0"):
+        kernels.decode_inputs_(**decode_state(4, 5), depth=0)
     with pytest.raises(ValueError, match="ring: shape"):
         state = step_state(4, 5, 20, 2)
         kernels.advance_(**state | {"ring": full(4, 3)})

@@ -23,9 +23,10 @@ def decode_inputs_(
     ended: Tensor,
     table: Tensor,
     step: Tensor,
+    depth: int,
 ) -> None:
     """Write what a decode step of the D requests `rows` runs on to the first D of `tokens`, `positions`, `slots`,
-    `kv_len`, and count it in `step[1]`; all int32.
+    `kv_len`, and count it in `step[1]`, modulo `depth`; all int32.
 
     Row r computes its token `last[r]` at position p = `length[r]`, in slot `table[r, p]`, over p + 1 cached tokens. If
     it has `ended[r]` it computes token 0 at position 0 in slot 0, the pad slot, over none, and `length` and `table` may
@@ -39,7 +40,7 @@ def decode_inputs_(
     positions[:count] = p
     slots[:count] = torch.where(over, 0, table[at, p.long()])
     kv_len[:count] = torch.where(over, 0, p + 1)
-    step += 1
+    step.copy_((step + 1) % depth)
 
 
 def advance_(
@@ -62,8 +63,8 @@ def advance_(
     They become `last`, their positions `length`; both [R], as are `ended`, `min_len`, `max_len`, `counting` (bool or
     int32). A request ends at an unusable token, at one of `stop_ids[R, S]` (-1: unused) from position `min_len` on, and
     when it has `max_len` tokens. `counts[R, V]` gains one at the token where the row is `counting`. For the CPU,
-    `ring[K, >= N]` gets the tokens at `[step % K, :N]`; it may be pinned memory. A row that had ended before,
-    and the last one of the tables, stays as it is, with NO_TOKEN in the ring.
+    `ring[K, >= N]` gets the tokens at `[step, :N]`, with 0 <= step < K; it may be pinned memory. A row that had ended
+    before, and the last one of the tables, stays as it is, with NO_TOKEN in the ring.
     """
     at = rows.long()
     lives = (ended[at] == 0) & (rows < len(last) - 1)
@@ -71,7 +72,7 @@ def advance_(
     ends = (chosen < 0) | stops | (positions + 1 >= max_len[at])
     counted = lives & (counting[at] != 0) & (chosen >= 0)
 
-    ring[int(step) % len(ring), : len(rows)] = torch.where(lives, chosen, NO_TOKEN).to(ring.device)
+    ring[int(step), : len(rows)] = torch.where(lives, chosen, NO_TOKEN).to(ring.device)
     last[at] = torch.where(lives, chosen, last[at])
     length[at] = torch.where(lives, positions, length[at])
     ended[at] = torch.where(lives, ends.int(), ended[at])

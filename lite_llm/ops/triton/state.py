@@ -27,6 +27,7 @@ def decode_inputs_(
     ended: Tensor,
     table: Tensor,
     step: Tensor,
+    depth: int,
 ) -> None:
     check("rows", rows, dtype=torch.int32)
     for name, x in (("tokens", tokens), ("positions", positions), ("slots", slots), ("kv_len", kv_len)):
@@ -37,10 +38,12 @@ def decode_inputs_(
         check(name, x, shape=last.shape, dtype=torch.int32, like=rows)
     check("table", table, shape=(len(last), table.shape[-1]), dtype=torch.int32, like=rows)
     check("step", step, shape=(1,), dtype=torch.int32, like=rows)
+    if depth < 1:
+        raise ValueError(f"depth: {depth}; expected at least 1")
     dependent = pdl(rows.device)
     grid = (max(triton.cdiv(len(rows), _BLOCK), 1),)  # without decodes a step counts all the same
     _decode_inputs_kernel[grid](
-        tokens, positions, slots, kv_len, rows, last, length, ended, table, step, len(rows), table.shape[1],
+        tokens, positions, slots, kv_len, rows, last, length, ended, table, step, depth, len(rows), table.shape[1],
         _BLOCK, dependent, launch_pdl=dependent,
     )  # fmt: skip
 
@@ -77,14 +80,14 @@ def advance_(
         dependent = pdl(rows.device)
         _advance_kernel[(triton.cdiv(len(rows), _ROWS),)](
             rows, positions, chosen, last, length, ended, stop_ids, min_len, max_len, counting, counts, ring, step,
-            len(rows), len(last) - 1, stop_ids.shape[1], counts.shape[1], *ring.shape,
+            len(rows), len(last) - 1, stop_ids.shape[1], counts.shape[1], ring.shape[1],
             _ROWS, triton.next_power_of_2(stop_ids.shape[1]), dependent, launch_pdl=dependent,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["rows"])
+@triton.jit(do_not_specialize=["depth", "count"], do_not_specialize_on_alignment=["rows"])
 def _decode_inputs_kernel(
-    tokens, positions, slots, kv_len, rows, last, length, ended, table, step, count, table_stride,
+    tokens, positions, slots, kv_len, rows, last, length, ended, table, step, depth, count, table_stride,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait(PDL)
@@ -99,13 +102,13 @@ def _decode_inputs_kernel(
     tl.store(slots + b, tl.load(table + row.to(tl.int64) * table_stride + p, live, other=0), mask)
     tl.store(kv_len + b, tl.where(live, p + 1, 0), mask)
     if tl.program_id(0) == 0:
-        tl.store(step, tl.load(step) + 1)
+        tl.store(step, (tl.load(step) + 1) % depth)
 
 
 @triton.jit(do_not_specialize=["count", "pad"], do_not_specialize_on_alignment=["rows", "positions", "chosen"])
 def _advance_kernel(
     rows, positions, chosen, last, length, ended, stop_ids, min_len, max_len, counting, counts, ring, step,
-    count, pad, stops, vocab, depth, ring_stride,
+    count, pad, stops, vocab, ring_stride,
     ROWS: tl.constexpr, STOPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait(PDL)
@@ -116,7 +119,7 @@ def _advance_kernel(
     token = tl.load(chosen + n, mask, other=-1)
     p = tl.load(positions + n, mask, other=0)
     live = (row < pad) & (tl.load(ended + row, mask, other=1) == 0)
-    at = (tl.load(step) % depth).to(tl.int64) * ring_stride
+    at = tl.load(step).to(tl.int64) * ring_stride
     tl.store(ring + at + n, tl.where(live, token, _NO_TOKEN), mask)
 
     place = tl.arange(0, STOPS)
@@ -141,7 +144,7 @@ def aot_cases(capability: int) -> list[AotCase]:
         AotCase(
             name="decode_inputs",
             kernel=_decode_inputs_kernel,
-            signature=dict.fromkeys(inputs, "*i32") | {"count": "i32", "table_stride": "i32"},
+            signature=dict.fromkeys(inputs, "*i32") | dict.fromkeys(("depth", "count", "table_stride"), "i32"),
             constexprs={"BLOCK": _BLOCK, "PDL": dependent},
             attrs={"rows": 4},
         ),
@@ -149,7 +152,7 @@ def aot_cases(capability: int) -> list[AotCase]:
             name="advance",
             kernel=_advance_kernel,
             signature=dict.fromkeys((*advance, "counts", "ring", "step"), "*i32")
-            | dict.fromkeys(("count", "pad", "stops", "vocab", "depth", "ring_stride"), "i32"),
+            | dict.fromkeys(("count", "pad", "stops", "vocab", "ring_stride"), "i32"),
             constexprs={"ROWS": _ROWS, "STOPS": 64, "PDL": dependent},
             attrs=dict.fromkeys(("rows", "positions", "chosen"), 4) | {"vocab": 16},
         ),
