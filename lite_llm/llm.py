@@ -20,12 +20,13 @@ from lite_llm.engine.warm import Say, Warmth, warm_up
 from lite_llm.errors import BadCheckpoint, UsageError
 from lite_llm.jsonfile import read_object
 from lite_llm.models import registry, shapes
-from lite_llm.outputs import Choice, Delta, Output, Timings, Usage
+from lite_llm.outputs import Choice, Delta, InFlight, Output, Timings, Usage
 from lite_llm.text import Detokenizer, StopMatcher, Tokenizer
 from lite_llm.weights.files import open_checkpoint
 from lite_llm.weights.hub import Source
 from lite_llm.weights.loading import load_weights
-from lite_llm.weights.random import fill_random
+from lite_llm.weights.random import random_hf_tensors
+from lite_llm.weights.rules import load
 
 log = logging.getLogger("lite_llm")
 DEMO = Path(__file__).parent / "demo" / "chat"
@@ -70,10 +71,13 @@ class LLM:
         if shape is not None:
             if model is not None or not random_weights:
                 raise UsageError(f"shape = {shape!r} has no files", "pass random_weights=True and no model")
-            self._start(HFConfig(shapes.shape_config(shape), config.ignore_config), config, say)
+            facts = shapes.shape_config(shape)
+            self._start(HFConfig(facts, config.ignore_config), config, say)
             self.name, self.tokenizer = shape, None
             self.generation_config: dict[str, object] = {}
-            self._ready(lambda net: fill_random(net, seed), status)
+            rules = registry.find(self.cfg.architecture)[0].RULES
+            tensors = random_hf_tensors(facts, seed, self._blueprint.dtype, self._blueprint.device)
+            self._ready(lambda net: load(net, rules, tensors), status)
             return
         if random_weights:
             raise UsageError("random_weights needs a shape", "pass shape=..., or leave random_weights out")
@@ -255,6 +259,11 @@ class LLM:
         if self._engine is not None:
             self.abort(id)
         self._streams.pop(id, None)
+
+    def in_flight(self) -> InFlight:
+        """Every request that is not forgotten, and the use of the pool, as they are now. Costs a few us a request."""
+        streams = [stream for streams in self._streams.values() for stream in streams]
+        return InFlight.of(((stream.name, stream.index, stream.request) for stream in streams), self.engine.scheduler)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt: text with BOS, a conversation through the chat template, ids as they are."""

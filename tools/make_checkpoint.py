@@ -39,8 +39,8 @@ One request waits, two requests run; some prompts are short and others fill the 
 such as (a + b) * c = d; [x, y]; {"key": "value"} are common in what people ask. The capital of France is Paris."""
 
 
-def make_checkpoint(shape: str, out: Path, dtype: str, seed: int, shard_bytes: int) -> None:
-    """`out` must not exist; it appears when it is whole."""
+def make_checkpoint(shape: str, out: Path, dtype: str, seed: int, shard_bytes: int, device: str = "cpu") -> None:
+    """`out` must not exist; it appears when it is whole. A GPU draws other weights from a seed than a CPU."""
     config = {**shape_config(shape), "dtype": dtype}
     tokenizer = train_tokenizer(min(config["vocab_size"], 512))
     start, end, pad = (tokenizer.token_to_id(token) for token in (START, END, PAD))
@@ -52,7 +52,7 @@ def make_checkpoint(shape: str, out: Path, dtype: str, seed: int, shard_bytes: i
             {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad, "do_sample": False},
         )
         write_tokenizer(partial, tokenizer, config["max_position_embeddings"])
-        write_weights(partial, config, DTYPES[dtype], seed, shard_bytes)
+        write_weights(partial, config, DTYPES[dtype], seed, shard_bytes, device)
 
 
 def train_tokenizer(vocab: int) -> Tokenizer:
@@ -86,7 +86,9 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> N
     )
 
 
-def write_weights(directory: Path, config: dict[str, Any], dtype: torch.dtype, seed: int, shard_bytes: int) -> None:
+def write_weights(
+    directory: Path, config: dict[str, Any], dtype: torch.dtype, seed: int, shard_bytes: int, device: str = "cpu"
+) -> None:
     """Tensors in order, a new file whenever the next one would pass `shard_bytes`."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in hf_shapes(config).items()}
     shards: list[list[str]] = [[]]
@@ -94,7 +96,7 @@ def write_weights(directory: Path, config: dict[str, Any], dtype: torch.dtype, s
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
             shards.append([])
         shards[-1].append(name)
-    tensors, weight_map = random_hf_tensors(config, seed, dtype), {}
+    tensors, weight_map = random_hf_tensors(config, seed, dtype, device), {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
         shard = dict(itertools.islice(tensors, len(names)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lite_llm.cli import report
+from lite_llm.cli.screen import width
 from lite_llm.cli.session import Session
 from lite_llm.engine.request import SamplingParams
 from lite_llm.errors import UsageError
@@ -216,6 +217,12 @@ def _why(session: Session, argument: str) -> str:
     return why(session.llm.cfg, session.llm.plan, session.last)
 
 
+def _top(session: Session, argument: str) -> str:
+    from lite_llm.cli.flight import top  # torch and rich, as above
+
+    return top(session.llm.in_flight(), session.last, session.context, width() - 1)
+
+
 def _exit(session: Session, argument: str) -> str:
     raise Leave
 
@@ -235,6 +242,7 @@ TABLE = {
         Command("load", "FILE", "go on with a saved conversation", _load),
         Command("stats", "", "tokens and times so far", _stats),
         Command("why", "", "the last answer's speed against what the memory allows", _why),
+        Command("top", "", "the requests in flight, and the slots they hold", _top),
         Command("exit", "", "leave; Ctrl-D does too", _exit),
     )
 }

@@ -9,22 +9,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-
-@torch.no_grad()
-def fill_random(model: nn.Module, seed: int = 0) -> None:
-    """Fill every parameter where it lies: norms near 1, small biases, matrices of deviation 1 / sqrt(inputs)."""
-    for name, param in model.named_parameters():
-        _fill_(param, name, seed)
+from torch import Tensor
 
 
 def random_hf_tensors(
-    config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16
+    config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, Tensor]]:
-    """A whole checkpoint for a Llama, Mistral, Qwen2 or Qwen3 config.json, on the CPU, under its Hugging Face names."""
+    """A whole checkpoint for a Llama, Mistral, Qwen2 or Qwen3 config.json, under its Hugging Face names.
+
+    Norms are near 1, biases small, matrices of deviation 1 / sqrt(inputs); drawn in float32 on `device`, then rounded.
+    """
     for name, shape in hf_shapes(config).items():
-        tensor = torch.empty(shape)
+        tensor = torch.empty(shape, dtype=torch.float32, device=device)
         _fill_(tensor, name, seed)
         yield name, tensor.to(dtype)
 

@@ -6,10 +6,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lite_llm.config import HFConfig
 from lite_llm.errors import UsageError
+from lite_llm.llm import LLM
 from lite_llm.models import registry
 from lite_llm.models.shapes import shape_config, shape_names
 from lite_llm.weights import load_weights, open_checkpoint
-from lite_llm.weights.random import fill_random, hf_shapes, random_hf_tensors
+from lite_llm.weights.random import hf_shapes, random_hf_tensors
 from tests.weights.tiny import bits, build, config_of, same, write
 
 TINY = [name for name in shape_names() if name.startswith("tiny-")]
@@ -99,14 +100,22 @@ def test_weights_depend_on_the_seed_and_the_name_alone():
     assert len(kinds) == len(one)
 
 
-def test_a_model_is_filled_where_it_lies(tmp_path):
-    directory = write(tmp_path / "model", config_of("tiny-qwen2.5-7b"))
-    models = []
-    for _ in range(2):
-        model, _ = build(directory)
-        fill_random(model, 5)
-        assert all(param.isfinite().all() for param in model.parameters())
-        models.append(bits(model))
-    assert same(*models)
-    bias, norm = model.blocks[0].attn.qkv.bias, model.norm.weight
+def test_norms_and_biases_are_not_those_that_could_be_left_out():
+    tensors = dict(random_hf_tensors(config_of("tiny-qwen2.5-7b"), 5))
+    bias, norm = tensors["model.layers.0.self_attn.q_proj.bias"], tensors["model.norm.weight"]
     assert 0 < bias.abs().mean() < 0.1 and 0.5 < norm.mean() < 1.5 and norm.std() > 0.05
+
+
+@pytest.mark.parametrize("name", ["tiny-llama-3.2-1b", "tiny-qwen2.5-7b", "tiny-qwen3-8b"])
+def test_a_shape_is_the_checkpoint_of_its_seed(name, tmp_path):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = dict(random_hf_tensors(shape_config(name), 5, torch.bfloat16, device))
+    assert {(t.device.type, t.dtype) for t in tensors.values()} == {(device, torch.bfloat16)}
+    directory = write(tmp_path / "model", shape_config(name), tensors)
+    model, rules = build(directory, device=device)
+    load_weights(model, open_checkpoint(directory), rules)
+    options = dict(random_weights=True, dtype="bfloat16", device=device, max_requests=2, cuda_graphs=False)
+    with LLM(shape=name, seed=5, **options) as llm:
+        assert same(bits(llm.engine.model), bits(model))
+    with LLM(shape=name, seed=6, **options) as llm:
+        assert not same(bits(llm.engine.model), bits(model))

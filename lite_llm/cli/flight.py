@@ -1,0 +1,279 @@
+"""Requests in flight: a line for each, drawn while they run. A view takes one part in a hundred of the time at most."""
+
+import contextlib
+import dataclasses
+import heapq
+import math
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions
+from rich.live import Live
+from rich.segment import Segment
+from rich.style import Style
+
+from lite_llm.outputs import InFlight, Output, Progress
+from lite_llm.text.escape import visible
+
+FRAME = 0.1  # seconds between two frames, at least
+SHARE = 0.01  # of the time, for drawing
+WINDOW = 2.0  # seconds over which tokens per second are counted
+_TITLED, _WIDE = 60, 112  # columns from which on there are titles, and everything
+_BAR = 40  # columns of a bar, at most
+_TOP = 40  # lines of /top, at most
+_GAP = "  "
+_STYLES = {
+    "head": Style(bold=True),
+    "dim": Style(dim=True),
+    "waiting": Style(dim=True),
+    "prompt": Style(color="yellow"),
+    "decoding": Style(color="cyan"),
+    "done": Style(color="green"),
+    "bad": Style(color="red"),
+}
+
+Line = list[tuple[str, str]]
+"""Pieces of text, each with the name of its style or ""."""
+
+
+class Watched(Protocol):
+    """What can be watched, such as an LLM."""
+
+    def in_flight(self) -> InFlight: ...
+
+
+class FlightView:
+    """The requests of an engine on a terminal, gone without a trace at the end; nothing at all on any other stream.
+
+    with FlightView() as view:
+        while ...:
+            llm.step()
+            view.update(llm)
+
+    While nobody steps nothing moves: whoever waits for requests calls `update` as well.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+        """`console`: stderr without one. `clock` counts seconds."""
+        self._console = console or Console(stderr=True)
+        self._clock = clock
+        # FORCE_COLOR makes rich take a file for a terminal; a file full of frames is of no use to anybody.
+        shown = self._console.is_interactive and self._console.file.isatty()
+        self._due = 0.0 if shown else math.inf
+        self._counts: deque[tuple[float, int]] = deque()  # when, and how many tokens there were
+        self._live = Live(
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=shown and sys.stdout.isatty(),  # lines of others go above; what is piped goes on its way
+            redirect_stderr=shown and sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> "FlightView":
+        if self._due < math.inf:
+            with _whole():
+                self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        with _whole():
+            self._live.stop()
+
+    def update(self, llm: Watched) -> None:
+        """Draw a frame if one is due; to be called after every step."""
+        start = self._clock()
+        if start >= self._due:
+            self._draw(llm.in_flight(), start)
+            end = self._clock()
+            self._due = max(start + FRAME, end + (end - start) * (1 / SHARE - 1))
+
+    def _draw(self, now: InFlight, at: float) -> None:
+        self._counts.append((at, now.tokens))
+        while len(self._counts) > 2 and self._counts[1][0] <= at - WINDOW:
+            self._counts.popleft()
+        since, before = self._counts[0]
+        rate = (now.tokens - before) / (at - since) if at > since else None
+        size, blocks = self._console.size, self._console.encoding.startswith("utf")
+        lines = frame(now, size.width, size.height - 1, rate, blocks)
+        with _whole():
+            self._live.update(_Frame(lines), refresh=True)
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits for the end of this block: half a frame could not be taken back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[tuple] = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed and callable(before):
+        before(*pressed[0])
+
+
+class _Frame:
+    def __init__(self, lines: list[Line]):
+        self.lines = lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for line in self.lines:
+            for text, style in line:
+                yield Segment(text, _STYLES.get(style))
+            yield Segment.line()
+
+
+def top(now: InFlight, last: Output | None, context: int, width: int) -> str:
+    """/top: a moment as text. The last answer of a chat is forgotten by then; it stands in front of what there is."""
+    if last is not None:
+        now = dataclasses.replace(now, requests=(_ended(last, context), *now.requests))
+    lines = frame(now, width, _TOP)
+    return "\n".join("".join(text for text, _ in line)[:width].rstrip() for line in lines)
+
+
+def frame(now: InFlight, width: int, height: int, rate: float | None = None, blocks: bool = True) -> list[Line]:
+    """A moment in at most `height` lines, for a terminal of `width` columns. `rate`: tokens/s; not `blocks`: ASCII.
+
+    If there are more answers than lines, the newest that run come first, then the next in line, then what has ended.
+    """
+    lines: list[Line] = [[(line, "head")] for line in _packed(_head(now, rate), width)]
+    titled = width >= _TITLED and bool(now.requests)
+    room = height - len(lines) - titled
+    shown = _chosen(now.requests, room)
+    if shown:
+        lines += _table(shown, width, titled, blocks)
+    if len(shown) < len(now.requests):
+        left = Counter(p.state for p in now.requests)
+        left.subtract(Counter(p.state for p in shown))
+        lines.append([("and " + ", ".join(f"{n} {state}" for state, n in left.items() if n)[: width - 4], "dim")])
+    return lines[: max(height, 1)]
+
+
+def _head(now: InFlight, rate: float | None) -> list[str]:
+    done = sum(p.state == "done" for p in now.requests)
+    words = [f"{now.running} running", f"{now.waiting} waiting", f"{done} done"]
+    words.append(f"slots {now.slots_used:,} of {now.slots:,} ({now.slots_used / now.slots:.0%})")
+    if now.slots_cached:
+        words.append(f"{now.slots_cached:,} cached")
+    return words if rate is None else [*words, f"{rate:,.0f} tok/s"]
+
+
+def _packed(words: Sequence[str], width: int) -> list[str]:
+    """Words side by side, as many in a line as fit."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(_GAP) + len(word) <= width:
+            lines[-1] += _GAP + word
+        else:
+            lines.append(word)
+    return [line[:width] for line in lines]
+
+
+def _chosen(requests: Sequence[Progress], room: int) -> Sequence[Progress]:
+    """Those that fit, in order of arrival; one line is left for the others."""
+    if len(requests) <= room:
+        return requests
+
+    def rank(i: int) -> tuple[int, int]:
+        state = requests[i].state
+        return (1, i) if state == "waiting" else (2 if state == "done" else 0, -i)
+
+    return [requests[i] for i in sorted(heapq.nsmallest(max(room - 1, 0), range(len(requests)), rank))]
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    from_width: int  # of the terminal
+    size: int  # at least, so that columns seldom move
+    text: Callable[[Progress], str]
+
+
+_NUMBERS = (
+    _Column("prompt", 72, 9, lambda p: f"{p.prompt_done}/{p.prompt}"),
+    _Column("cached", _WIDE, 6, lambda p: str(p.cached)),
+    _Column("answer", 0, 7, lambda p: f"{p.output}/{p.wanted}"),
+    _Column("slots", 72, 5, lambda p: str(p.slots)),
+    _Column("first", _WIDE, 6, lambda p: "" if p.first_token is None else _seconds(p.first_token)),
+    _Column("age", 60, 6, lambda p: _seconds(p.age)),
+)
+_STATE, _NOTE = 8, 20  # columns
+
+
+def _table(shown: Sequence[Progress], width: int, titled: bool, blocks: bool) -> Iterator[Line]:
+    """Name, state, bar, numbers, and on a wide terminal how it ended."""
+    several = {p.id for p in shown if p.index}
+    names = [_name(p.id) + (f"/{p.index}" if p.id in several else "") for p in shown]
+    columns = [column for column in _NUMBERS if column.from_width <= width]
+    cells = [[column.text(p) for column in columns] for p in shown]
+    sizes = [max(column.size, *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
+    noted = width >= _WIDE
+    name_size = min(max(map(cell_len, names)), max(10, width // 5))
+    name_size = max(name_size, len("request") * titled)
+    bar = width - name_size - 1 - _STATE - 2 - sum(sizes) - 2 * len(sizes) - (_NOTE + 2) * noted
+    bar = min(bar, _BAR) if bar >= 4 else 0
+
+    def numbers(texts: Sequence[str]) -> str:
+        return "".join(f"  {text:>{size}}" for text, size in zip(texts, sizes, strict=True))
+
+    if titled:
+        heads = numbers([column.title for column in columns])
+        yield [(f"{'request':<{name_size}} {'state':<{_STATE}}  {'':<{bar}}{heads}", "dim")]
+    for p, name, texts in zip(shown, names, cells, strict=True):
+        style = "bad" if p.finish_reason in ("abort", "error") else p.state
+        yield [
+            (_fitted(name, name_size, blocks) + " ", ""),
+            (f"{p.state:<{_STATE}}  ", style),
+            *_bar(p, bar, style, blocks),
+            (numbers(texts), ""),
+            ("  " + _note(p) if noted else "", "dim"),
+        ]
+
+
+def _name(id: str) -> str:
+    return visible(" ".join(id[-100:].split()))
+
+
+def _fitted(name: str, size: int, blocks: bool) -> str:
+    """Exactly `size` columns; the end of a name tells more than its beginning."""
+    if cell_len(name) <= size:
+        return set_cell_size(name, size)
+    while cell_len(name) > size - 1:
+        name = name[1:]
+    return set_cell_size(("…" if blocks else "~") + name, size)
+
+
+def _bar(p: Progress, size: int, style: str, blocks: bool) -> Line:
+    """What is computed of the prompt, what the answer has, and what is left: nothing once it stopped by itself."""
+    prompt, answer, rest = "▒█░" if blocks else "=#."
+    scale = size / (p.prompt + (p.output if p.finish_reason == "stop" else p.wanted))
+    first, done = (min(round(n * scale), size) for n in (p.prompt_done, p.prompt_done + p.output))
+    return [(prompt * first, style), (answer * (done - first), style), (rest * (size - done), "dim")]
+
+
+def _note(p: Progress) -> str:
+    return ", ".join(filter(None, [p.finish_reason, f"preempted {p.preemptions}x" * (p.preemptions > 0)]))
+
+
+def _ended(output: Output, context: int) -> Progress:
+    """An answer whose request is forgotten."""
+    usage, params = output.usage, output.params
+    return Progress(
+        output.id, 0, "done", usage.prompt_tokens, usage.prompt_tokens, usage.cached_tokens, len(output.token_ids),
+        params.max_tokens or context - usage.prompt_tokens, 0, 0,
+        output.timings.first_token, output.timings.total, output.finish_reason,
+    )  # fmt: skip
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 0.9995 else f"{seconds:.1f} s"
