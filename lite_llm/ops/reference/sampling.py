@@ -78,10 +78,12 @@ def sample(
     greedy = temperature == 0
     scaled = logits / torch.where(greedy, 1.0, temperature.clamp(min=MIN_TEMPERATURE))[:, None]
     bad = scaled.isnan().any(-1) | (scaled == torch.inf).any(-1) | (scaled == -torch.inf).all(-1)
-    scaled = torch.where(bad[:, None], 0.0, scaled)
-    noise = gumbel(seeds, positions, usable)
-    noisy = torch.where(scaled >= _cutoff(scaled, top_k, top_p, min_p)[:, None], scaled + noise, -torch.inf)
-    chosen = torch.where(greedy[:, None], logits, noisy)
+    chosen = logits
+    if not greedy.all():  # the noise costs more than all else
+        scaled = torch.where(bad[:, None], 0.0, scaled)
+        noise = gumbel(seeds, positions, usable)
+        noisy = torch.where(scaled >= _cutoff(scaled, top_k, top_p, min_p)[:, None], scaled + noise, -torch.inf)
+        chosen = torch.where(greedy[:, None], logits, noisy)
     first = (chosen == chosen.amax(-1, keepdim=True)).int().argmax(-1)  # ties to the lowest id
     return torch.where(bad, -1, first).int()
 
