@@ -1,0 +1,225 @@
+"""The modes with sides that answer by rule, so that every figure is known."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lite_llm.engine.roofline import Ceilings, floor, step_costs
+from tools.benchmark import bench as benches
+from tools.benchmark import modes
+from tools.benchmark.bench import AGAIN, JUDGE, OURS, Bench, Facts, takes
+from tools.benchmark.limits import prompt_limit, step_limit, work_limit
+from tools.benchmark.modes import Job
+from tools.benchmark.record import Record
+from tools.benchmark.sides import Limits, SideFailed
+from tools.benchmark.work import Answer, Ask, Run, Work, batch
+
+ROOF = Ceilings(copy=1e10, matmul=1e11)
+
+
+class FakeSide:
+    """Every token takes `step` seconds, the first one twice as long; tokens are 1, 1, 1 ..."""
+
+    def __init__(self, label, step, gap=0.0, times=True):
+        self.label, self.step, self.gap, self.times = label, step, gap, times
+        self.special, self.ready_s, self.info = frozenset(), 2.0, {"import_s": 1.0}
+        self.ran = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def warm(self, work):
+        self.ran.append(("warm", work))
+
+    def run(self, work, watch=None):
+        self.ran.append(("run", work))
+        answers = []
+        for ask in work.asks:
+            times = tuple(ask.at + self.step * (2 + i) for i in range(ask.new))
+            answers.append(Answer((1,) * ask.new, ask.at, times if self.times else (), times[-1]))
+        return Run(max(a.ended for a in answers), tuple(answers), 0, None, {})
+
+    def score(self, pairs):
+        return [[self.gap] * len(answer) for _, answer in pairs]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    def make(rounds=4, max_requests=8, **sides):
+        found = {OURS: FakeSide(OURS, 0.010), JUDGE: FakeSide(JUDGE, 0.020)} | {
+            name.replace("_", "-"): side for name, side in sides.items() if name != "ours"
+        }
+        if "ours" in sides:
+            found[OURS] = sides["ours"]
+
+        def fresh(self, label, prefix_cache=False, variant=None):
+            if label == "vllm":
+                raise SideFailed("vllm: it is not installed", kind="missing")
+            return found[label]
+
+        monkeypatch.setattr(Bench, "fresh", fresh)
+        facts, said = Facts.find(None, None, 0, "float32", "cpu"), []
+        record = Record.begin({"argv": []}, {"name": facts.name}, {"copy_tb_s": 0.01, "matmul_tflops": 0.1})
+        bench = Bench(facts, record, ROOF, Limits(max_requests, 64), rounds, said.append)
+        return bench, record, found, said
+
+    return make
+
+
+def job(size=2, prompt=8, new=5):
+    return Job(lambda turn: batch(100, size, prompt, new, seed=turn), {"batch": size, "prompt": prompt, "new": new})
+
+
+def row(record, side, **work):
+    return next(row for row in record.rows if row.side == side and work.items() <= row.work.items())
+
+
+def test_latency_by_hand(made):
+    bench, record, sides, _ = made()
+    modes.latency(bench, [job()], [OURS, JUDGE])
+    ours = row(record, OURS)
+    assert ours.figures["ttft_ms"]["median"] == pytest.approx(20)
+    assert ours.figures["tpot_ms"]["median"] == pytest.approx(10)
+    assert ours.figures["tokens_per_second"]["median"] == pytest.approx(2 * 5 / 0.06)
+    (against,) = ours.against
+    assert against["side"] == JUDGE and against["ratio"]["median"] == pytest.approx(2) and against["differs"]
+    assert row(record, JUDGE).against == []
+    # The same ids for both, fresh ones each round, by turns, warmed outside the timing.
+    for side in sides.values():
+        assert [kind for kind, _ in side.ran].count("warm") == 1
+    works = [[w for kind, w in sides[name].ran if kind == "run"][-4:] for name in (OURS, JUDGE)]
+    assert works[0] == works[1] and len({w.asks for w in works[0]}) == 4
+
+
+def test_a_wrong_token_refuses_every_speedup(made):
+    bench, record, _, _ = made(transformers=FakeSide(JUDGE, 0.020, gap=0.3))
+    modes.latency(bench, [job()], [OURS, JUDGE])
+    ours = row(record, OURS)
+    assert "0.3 nats" in record.refusal(ours) and not list(record.comparisons(ours))
+
+
+def test_nobody_to_judge_refuses_too(made, monkeypatch):
+    bench, record, _, _ = made()
+    fresh = Bench.fresh
+
+    def without(self, label, *args, **kwargs):
+        if label == JUDGE:
+            raise SideFailed("transformers: it is not installed", kind="missing")
+        return fresh(self, label, *args, **kwargs)
+
+    monkeypatch.setattr(Bench, "fresh", without)
+    modes.latency(bench, [job()], [OURS])
+    assert "nobody to judge" in record.refusal(row(record, OURS))
+
+
+def test_ourselves_twice_do_not_differ(made):
+    bench, record, sides, _ = made()
+    sides[AGAIN] = FakeSide(AGAIN, 0.010)
+    modes.latency(bench, [job()], [OURS, AGAIN])
+    (against,) = row(record, OURS).against
+    assert against["side"] == AGAIN and not against["differs"]
+
+
+def test_a_side_that_cannot_run_is_left_out_and_said(made):
+    bench, record, _, said = made()
+    modes.latency(bench, [job()], [OURS, "vllm"])
+    assert [r.side for r in record.rows] == [OURS] and any("left out vllm" in line for line in said)
+
+
+def test_a_side_without_times_shows_no_ratio(made):
+    bench, record, _, _ = made(ours=FakeSide(OURS, 0.010, times=False))
+    modes.latency(bench, [job()], [OURS, JUDGE])
+    assert "no times" in row(record, OURS).refused and row(record, OURS).against == []
+
+
+def test_throughput_and_online(made):
+    bench, record, _, _ = made()
+    asks = lambda turn: Work("w", tuple(Ask((1 + turn,) * 4, 5, 0.1 * i) for i in range(3)))  # noqa: E731
+    modes.throughput(bench, [Job(asks, {})], [OURS, JUDGE])
+    assert row(record, OURS).figures["requests_per_second"]["median"] == pytest.approx(3 / 0.26)
+    modes.online(bench, [Job(asks, {})], [OURS, JUDGE], ttft=0.03, tpot=0.05)
+    online = {r.side: r for r in record.rows if r.mode == "online"}
+    assert online[OURS].figures["ttft_ms"]["p99"]["median"] == pytest.approx(20)
+    assert online[OURS].figures["e2e_ms"]["p50"]["median"] == pytest.approx(60)
+    assert online[OURS].figures["goodput_per_second"]["median"] == pytest.approx(3 / 0.26)
+    assert online[JUDGE].figures["goodput_per_second"]["median"] == 0  # its first token takes 40 ms
+
+
+def test_startup_counts_from_the_process(made):
+    bench, record, sides, _ = made(rounds=3)
+    modes.startup(bench, job(1, 4, 2), [OURS, JUDGE])
+    figures = row(record, OURS).figures
+    assert figures["import_s"]["median"] == 1.0 and figures["ready_s"]["median"] == 2.0
+    assert figures["first_token_s"]["median"] == pytest.approx(2.02)
+    assert len(sides[OURS].ran) == 4  # the first fills the caches and does not count
+    assert row(record, OURS).runs == 3
+
+
+def test_windows_wait_for_all_of_the_last(made):
+    side = FakeSide(OURS, 0.010)
+    work = Work("w", tuple(Ask((1, 2), new) for new in (1, 9, 1, 1)))
+    run = modes._in_windows(2)(side, work)
+    assert run.seconds == pytest.approx(0.010 * (10 + 2))
+    assert [a.times[0] for a in run.answers] == pytest.approx([0.02, 0.02, 0.12, 0.12])
+    assert [len(a.tokens) for a in run.answers] == [1, 9, 1, 1]
+
+
+def test_ablation_compares_each_rung_with_its_base(made):
+    bench, record, _, _ = made(max_requests=2)
+    mixed = Job(lambda turn: Work("mixed", tuple(Ask((turn,), new) for new in (1, 9, 1, 9))), {})
+    modes.ablation(bench, job(), mixed, job(2, 6, 4))
+    variants = {(r.work["name"], r.work["variant"]): r for r in record.rows}
+    static = variants["mixed", "static batching"]
+    assert static.against[0]["variant"] == "as it is"
+    assert static.against[0]["ratio"]["median"] == pytest.approx(0.5)  # two windows of 100 ms, against one
+    assert all(not r.against for (_, name), r in variants.items() if name == "as it is")
+
+
+# ---- limits
+
+
+def test_limits_by_hand():
+    cfg = Facts.find(None, None, 0, "float32", "cpu").cfg
+    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    layer = cfg.hidden * (q + 2 * kv) + q * cfg.hidden + 3 * cfg.hidden * cfg.ffn
+    flops = 2 * cfg.num_layers * layer * 3 + cfg.num_layers * 4 * q * 6 + 2 * cfg.hidden * cfg.vocab
+    assert prompt_limit(cfg, 3, ROOF).seconds == pytest.approx(flops / ROOF.matmul)
+    step = step_limit(cfg, 4, 2, 10, ROOF)
+    assert step.seconds == floor(step_costs(cfg, 4, 2, 10), ROOF) and step.name == "memory"
+    assert step_limit(cfg, 4, 2, 10, Ceilings(1e15, 1e9)).name == "matmul"
+
+
+def test_the_limit_of_a_work():
+    cfg = Facts.find(None, None, 0, "float32", "cpu").cfg
+
+    def seconds(*asks, most=8):
+        return work_limit(cfg, 4, Work("w", tuple(Ask((1,) * 4, new, at) for new, at in asks)), most, ROOF).seconds
+
+    prompt = prompt_limit(cfg, 4, ROOF).seconds
+    assert seconds((1, 0)) == pytest.approx(prompt)  # the prompt gives the first token
+    assert seconds((2, 0)) == pytest.approx(prompt + step_limit(cfg, 4, 1, 6, ROOF).seconds, rel=1e-3)
+    assert seconds((9, 0), (9, 0)) < 2 * seconds((9, 0))  # weights are read once for both
+    assert seconds((9, 0), (9, 0), most=1) == pytest.approx(2 * seconds((9, 0)))
+    assert seconds((9, 0), (1, 0)) < seconds((9, 0), (9, 0))
+    assert seconds((9, 0), (9, 50.0)) == pytest.approx(50.0)  # nothing ends before it comes
+
+
+def test_a_window_limits_what_a_prompt_costs():
+    cfg = Facts.find(None, None, 0, "float32", "cpu").cfg
+    seen = dataclasses.replace(cfg, windows=(2,) * cfg.num_layers)
+    whole, short = (prompt_limit(c, 5, ROOF).seconds for c in (cfg, seen))
+    pairs = cfg.num_layers * 4 * cfg.heads * cfg.head_dim * (15 - 9)  # 1 + 2 + 2 + 2 + 2 of 1 + 2 + 3 + 4 + 5
+    assert whole - short == pytest.approx(pairs / ROOF.matmul)
+
+
+def test_what_works_take():
+    assert takes([Work("a", (Ask((1,) * 3, 4), Ask((1,), 1))), Work("b", (Ask((1,) * 6, 2),))]) == (8, 9)
+
+
+def test_near_is_rounding_and_no_more():
+    assert benches.near("float32") < 0.01 < benches.near("bfloat16") < 0.5
+    assert torch.finfo(torch.bfloat16).eps * 32 >= benches.near("bfloat16")

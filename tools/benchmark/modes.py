@@ -1,0 +1,238 @@
+"""The modes: each runs its works and adds a row to the record for every side and work."""
+
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tools.benchmark import stats
+from tools.benchmark.bench import JUDGE, OURS, Bench, Works, compared, figure, near
+from tools.benchmark.ladder import RUNGS
+from tools.benchmark.limits import Limit, prompt_limit, step_limit, work_limit
+from tools.benchmark.record import FIGURES, PERCENTILES, Row
+from tools.benchmark.sides import ROOT, Side, SideFailed
+from tools.benchmark.work import Answer, Run, Work
+
+
+@dataclass(frozen=True)
+class Job:
+    """`about` is what the record says of the work beside its name."""
+
+    works: Works
+    about: dict
+
+    @property
+    def work(self) -> dict:
+        return {"name": self.works(0).name} | self.about
+
+
+def opened(bench: Bench, labels: Sequence[str], prefix_cache: bool = False) -> dict:
+    """The sides that can run here; of one that cannot, a line says why. Ours must."""
+    found = {}
+    for label in labels:
+        try:
+            found[label] = bench.open(label, prefix_cache)
+        except SideFailed as error:
+            if label == OURS:
+                raise
+            bench.say(f"left out {label}: {error.message}")
+    return found
+
+
+def latency(bench: Bench, jobs: Sequence[Job], labels: Sequence[str]) -> None:
+    sides = opened(bench, labels)
+    bench.gate(sides, sorted({len(job.works(0).asks) for job in jobs}))
+    for job in jobs:
+        _add(bench, "latency", job, bench.runs(sides, job.works), _batch_figures)
+
+
+def throughput(bench: Bench, jobs: Sequence[Job], labels: Sequence[str]) -> None:
+    sides = opened(bench, labels)
+    bench.gate(sides, [min(bench.limits.max_requests, 32)])
+    for job in jobs:
+        _add(bench, "throughput", job, bench.runs(sides, job.works), _many_figures)
+
+
+def online(bench: Bench, jobs: Sequence[Job], labels: Sequence[str], ttft: float | None, tpot: float | None) -> None:
+    """`ttft` and `tpot` are the seconds within which a request counts as served in time."""
+    sides = opened(bench, labels)
+    bench.gate(sides, [min(bench.limits.max_requests, 32)])
+    figures = functools.partial(_online_figures, ttft=ttft, tpot=tpot)
+    for job in jobs:
+        runs = bench.runs(sides, job.works)
+        # What a faster side saves here is waiting: how long a run lasts is up to the arrivals.
+        waits = {
+            label: [statistics.fmean(stats.end_to_end(run, job.works(1 + i))) for i, run in enumerate(mine)]
+            for label, mine in runs.items()
+        }
+        _add(bench, "online", job, runs, figures, compared(waits, [other for other in runs if other != OURS]))
+
+
+def startup(bench: Bench, job: Job, labels: Sequence[str]) -> None:
+    """Fresh processes by turns: from the start of each to its first token."""
+    found: dict[str, list[tuple[float, float, float]]] = {label: [] for label in labels}
+    for turn in range(bench.rounds + 1):  # the first fills the caches of the disk and of kernels, and does not count
+        for label in list(found):
+            try:
+                with bench.fresh(label) as side:
+                    run = side.run(job.works(turn))
+            except SideFailed as error:
+                if label == OURS:
+                    raise
+                bench.say(f"left out {label}: {error.message}")
+                del found[label]
+                continue
+            first = side.ready_s + (run.answers[0].times or (run.seconds,))[0]
+            if turn:
+                found[label].append((side.info["import_s"], side.ready_s, first))
+    for label, marks in found.items():
+        names = ("import_s", "ready_s", "first_token_s")
+        figures = {name: figure(values) for name, values in zip(names, zip(*marks, strict=True), strict=True)}
+        last = {other: [mark[2] for mark in theirs] for other, theirs in found.items()}
+        against = compared(last, [other for other in last if other != OURS]) if label == OURS else []
+        bench.record.add(Row("startup", job.work, label, figures, len(marks), None, against))
+
+
+def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
+    """One thing is taken away at a time. Two processes are open: what is tried, and what it differs from.
+
+    `mixed` has requests of unequal lengths, more than run at a time, for static batching; `prefixed` a common prefix.
+    """
+    rungs = {rung.name: rung for rung in RUNGS if bench.facts.device == "cuda" or not rung.gpu}
+    for rung in rungs.values():
+        if rung.against is None:
+            continue
+        base, job = rungs[rung.against], {"mixed": mixed, "prefixed": prefixed}.get(rung.work, plain)
+        how = {rung.name: _in_windows(bench.limits.max_requests)} if rung.windows else {}
+        with bench.fresh(OURS, variant=base.variant) as first, bench.fresh(OURS, variant=rung.variant) as second:
+            bench.gate({rung.name: second}, [min(bench.limits.max_requests, 32)])
+            runs = bench.runs({base.name: first, rung.name: second}, job.works, how)
+        for name, mine in runs.items():
+            about = job.work | {"variant": name}
+            if bench.record.find("ablation", about, OURS) is None:
+                against = compared(_seconds(runs), [base.name], rung.name) if name == rung.name else []
+                against = [one | {"side": OURS, "variant": base.name} for one in against]
+                bench.record.add(_row(bench, "ablation", job, about, OURS, mine, _batch_figures, against))
+
+
+def accuracy(bench: Bench, job: Job, labels: Sequence[str], directory: str | None) -> None:
+    """Noise or a bug: greedy tokens, their distance from the best, and where the hidden states part first.
+
+    `directory` has the checkpoint; without one the shape's random weights are compared.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        target = [directory] if directory else ["--shape", bench.facts.model.shape]
+        bench.say("logits and hidden states, layer by layer")
+        command = [sys.executable, ROOT / "tools" / "diff.py", *target, "--json", file.name]
+        command += ["--dtype", bench.facts.dtype, "--device", bench.facts.device]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not (text := Path(file.name).read_text()):
+            raise SideFailed(f"tools/diff.py: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    layers = json.loads(text)["results"][0]
+    sides = opened(bench, labels)
+    judge, work = sides[JUDGE], job.works(0)
+    right = judge.run(work)
+    for label, side in sides.items():
+        if label == JUDGE:
+            continue
+        mine = side.run(work)
+        gaps = judge.score([(ask.ids, answer.tokens) for ask, answer in zip(work.asks, mine.answers, strict=True)])
+        worst, ours = max(map(max, gaps)), label == OURS
+        same = [a == b for x, y in zip(mine.answers, right.answers) for a, b in zip(x.tokens, y.tokens, strict=True)]
+        bad = worst > near(bench.facts.dtype) or ours and not layers["ok"]
+        figures = {
+            "agreement": sum(same) / len(same), "worst_gap_nats": worst,
+            "verdict": "bug" if bad else "equal" if all(same) else "noise",
+            "first_layer": layers["parts_at"] if ours else None, "error_ratio": layers["ratio"] if ours else None,
+        }  # fmt: skip
+        bench.record.add(Row("accuracy", job.work, label, figures, 1))
+
+
+# ---- rows
+
+Figures = Callable[[Bench, Job, list[Run]], dict]
+
+
+def _add(
+    bench: Bench, mode: str, job: Job, runs: dict[str, list[Run]], figures: Figures, against: list[dict] | None = None
+) -> None:
+    if against is None:
+        against = compared(_seconds(runs), [other for other in runs if other != OURS])
+    for label, mine in runs.items():
+        bench.record.add(_row(bench, mode, job, job.work, label, mine, figures, against if label == OURS else []))
+
+
+def _row(
+    bench: Bench, mode: str, job: Job, about: dict, label: str, runs: list[Run], figures: Figures, against: list[dict]
+) -> Row:
+    found = figures(bench, job, runs)
+    limit = work_limit(bench.facts.cfg, bench.facts.itemsize, job.works(1), bench.limits.max_requests, bench.roof)
+    refused = None if found.keys() == FIGURES[mode].keys() else "this side tells no times of tokens"
+    share = limit.share(statistics.median(run.seconds for run in runs))
+    return Row(mode, about, label, found, len(runs), share, against, sum(run.compiles for run in runs), refused)
+
+
+def _batch_figures(bench: Bench, job: Job, runs: list[Run]) -> dict:
+    found = {"tokens_per_second": figure([stats.tokens_per_second(run) for run in runs])}
+    works = [job.works(1 + i) for i in range(len(runs))]
+    if not all(answer.times for run in runs for answer in run.answers):
+        return found
+    first = [statistics.fmean(stats.first_token(run, work)) for run, work in zip(runs, works)]
+    steps = [statistics.fmean(stats.per_token(run) or [0.0]) for run in runs]
+    asks, cfg, roof = works[0].asks, bench.facts.cfg, bench.roof
+    like = len({(len(ask.ids), ask.new, ask.at) for ask in asks}) == 1
+    prompt = step = None
+    if like:  # all prompts are done before the first token of the last one, so half of them on average
+        one = prompt_limit(cfg, len(asks[0].ids), roof)
+        prompt = Limit(one.seconds * (len(asks) + 1) / 2, one.name)
+        step = step_limit(cfg, bench.facts.itemsize, len(asks), len(asks[0].ids) + (asks[0].new + 1) // 2, roof)
+    return found | {"ttft_ms": figure(first, 1e3, prompt), "tpot_ms": figure(steps, 1e3, step)}
+
+
+def _many_figures(bench: Bench, job: Job, runs: list[Run]) -> dict:
+    return {
+        "requests_per_second": figure([len(run.answers) / run.seconds for run in runs]),
+        "tokens_per_second": figure([stats.tokens_per_second(run) for run in runs]),
+    }
+
+
+def _online_figures(bench: Bench, job: Job, runs: list[Run], ttft: float | None, tpot: float | None) -> dict:
+    pairs = [(run, job.works(1 + i)) for i, run in enumerate(runs)]
+    found = {"e2e_ms": _percentiles([stats.end_to_end(run, work) for run, work in pairs])}
+    if all(answer.times for run in runs for answer in run.answers):
+        found["ttft_ms"] = _percentiles([stats.first_token(run, work) for run, work in pairs])
+        found["tpot_ms"] = _percentiles([stats.per_token(run) or [0.0] for run in runs])
+        found["goodput_per_second"] = figure([stats.goodput(run, work, ttft, tpot) for run, work in pairs])
+    return found
+
+
+def _percentiles(runs: Sequence[Sequence[float]]) -> dict:
+    """Of the requests of each run, in milliseconds; then the median and interval over the runs."""
+    found = zip(*(stats.percentiles(values) for values in runs), strict=True)
+    return {name: figure(values, 1e3) for name, values in zip(PERCENTILES, found, strict=True)}
+
+
+def _seconds(runs: dict[str, list[Run]]) -> dict[str, list[float]]:
+    return {label: [run.seconds for run in mine] for label, mine in runs.items()}
+
+
+def _in_windows(most: int) -> Callable[[Side, Work], Run]:
+    """The next `most` requests are sent when all before have ended: no continuous batching."""
+
+    def run(side: Side, work: Work) -> Run:
+        answers, began, compiled = [], 0.0, 0
+        for first in range(0, len(work.asks), most):
+            part = side.run(replace(work, asks=work.asks[first : first + most]))
+            answers += [
+                Answer(a.tokens, began + a.sent, tuple(began + t for t in a.times), began + a.ended)
+                for a in part.answers
+            ]
+            began, compiled = began + part.seconds, compiled + part.compiles
+        return Run(began, tuple(answers), compiled, part.peak_bytes, {})
+
+    return run
