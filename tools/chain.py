@@ -14,7 +14,7 @@ from lite_llm.ops.triton.decode import capability
 from lite_llm.ops.triton.tuning import Choice
 
 PARTS = {"gate_up": "gated", "down": "add", "head": "linear", "qkv": "qkv", "out": "add"}  # to ops; most bytes first
-COLD = 256 << 20  # bytes of weights in a chain: several times the L2 cache
+COLD = 256 << 20  # bytes of weights in a chain: several times the L2 cache, if not what address caches cover
 
 
 class Weights:

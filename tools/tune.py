@@ -32,7 +32,7 @@ from lite_llm.models import registry, shapes
 from lite_llm.ops.triton import gemv, skinny, tuning
 from lite_llm.ops.triton.decode import capability
 from lite_llm.ops.triton.tuning import CUBLAS, Choice, Row
-from tools.chain import PARTS, Chain, Weights
+from tools.chain import COLD, PARTS, Chain, Weights
 
 SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b")
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -77,7 +77,7 @@ def tune(args: argparse.Namespace) -> None:
     print(f"{gpu}: copy {copy / 1e12:.2f} TB/s; {args.minutes:g} minutes; {path}", flush=True)
     jobs = len(args.shape) * len(args.tokens)
     for shape in args.shape:
-        weights = Weights(registry.parse(HFConfig(shapes.shape_config(shape))), device, torch.bfloat16)
+        weights = Weights(registry.parse(HFConfig(shapes.shape_config(shape))), device, torch.bfloat16, int(args.cold * (1 << 30)))
         hints: dict[str, Choice] = {}
         for tokens in args.tokens:
             stop = time.monotonic() + (end - time.monotonic()) / jobs
@@ -300,6 +300,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="keys that each request sees (at most 1024)")
     parser.add_argument("--minutes", type=float, default=15.0, help="for everything together")
     parser.add_argument("--rounds", type=int, default=1, help="times that each matmul is tuned: the others move too")
+    parser.add_argument("--cold", type=float, default=COLD / (1 << 30), help="GiB of weights: more layers in the chain")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), help="threads that compile")
     parser.add_argument("--out", type=Path, help="another file than this GPU's table")
     return parser.parse_args(arguments)

@@ -23,7 +23,7 @@ from lite_llm.errors import LiteLLMError
 from lite_llm.models import registry, shapes
 from lite_llm.ops.triton.decode import capability, tiles
 from lite_llm.ops.triton.tuning import Choice
-from tools.chain import PARTS, Chain, Weights
+from tools.chain import COLD, PARTS, Chain, Weights
 from tools.tune import Timer, distance, present, shown
 
 PART = "attention"
@@ -55,7 +55,7 @@ def tune(args: argparse.Namespace) -> None:
     print(f"{torch.cuda.get_device_name(device)}: {args.minutes:g} minutes", flush=True)
     jobs = len(args.shape) * len(args.tokens)
     for shape in args.shape:
-        weights = Weights(registry.parse(HFConfig(shapes.shape_config(shape))), device, torch.bfloat16)
+        weights = Weights(registry.parse(HFConfig(shapes.shape_config(shape))), device, torch.bfloat16, int(args.cold * (1 << 30)))
         for tokens in args.tokens:
             until = time.monotonic() + (end - time.monotonic()) / jobs
             jobs -= 1
@@ -111,6 +111,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="keys that each request sees (at most 1024)")
     parser.add_argument("--width", type=int, default=4096, help="keys that the engine's longest request may see")
     parser.add_argument("--minutes", type=float, default=5.0, help="for everything together")
+    parser.add_argument("--cold", type=float, default=COLD / (1 << 30), help="GiB of weights: more layers in the chain")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), help="threads that compile")
     return parser.parse_args(arguments)
 
