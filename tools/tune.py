@@ -77,7 +77,9 @@ def tune(args: argparse.Namespace) -> None:
     print(f"{gpu}: copy {copy / 1e12:.2f} TB/s; {args.minutes:g} minutes; {path}", flush=True)
     jobs = len(args.shape) * len(args.tokens)
     for shape in args.shape:
-        weights = Weights(registry.parse(HFConfig(shapes.shape_config(shape))), device, torch.bfloat16, int(args.cold * (1 << 30)))
+        weights = Weights(
+            registry.parse(HFConfig(shapes.shape_config(shape))), device, torch.bfloat16, int(args.cold * (1 << 30))
+        )
         hints: dict[str, Choice] = {}
         for tokens in args.tokens:
             stop = time.monotonic() + (end - time.monotonic()) / jobs

@@ -55,7 +55,9 @@ def tune(args: argparse.Namespace) -> None:
     print(f"{torch.cuda.get_device_name(device)}: {args.minutes:g} minutes", flush=True)
     jobs = len(args.shape) * len(args.tokens)
     for shape in args.shape:
-        weights = Weights(registry.parse(HFConfig(shapes.shape_config(shape))), device, torch.bfloat16, int(args.cold * (1 << 30)))
+        weights = Weights(
+            registry.parse(HFConfig(shapes.shape_config(shape))), device, torch.bfloat16, int(args.cold * (1 << 30))
+        )
         for tokens in args.tokens:
             until = time.monotonic() + (end - time.monotonic()) / jobs
             jobs -= 1
