@@ -162,7 +162,7 @@ def test_startup_counts_from_the_process(made):
 def test_windows_wait_for_all_of_the_last(made):
     side = FakeSide(OURS, 0.010)
     work = Work("w", tuple(Ask((1, 2), new) for new in (1, 9, 1, 1)))
-    run = modes._in_windows(2)(side, work)
+    run = modes.in_windows(2)(side, work)
     assert run.seconds == pytest.approx(0.010 * (10 + 2))
     assert [a.times[0] for a in run.answers] == pytest.approx([0.02, 0.02, 0.12, 0.12])
     assert [len(a.tokens) for a in run.answers] == [1, 9, 1, 1]

@@ -108,7 +108,7 @@ def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
         if rung.against is None:
             continue
         base, job = rungs[rung.against], {"mixed": mixed, "prefixed": prefixed}.get(rung.work, plain)
-        how = {rung.name: _in_windows(bench.limits.max_requests)} if rung.windows else {}
+        how = {rung.name: in_windows(bench.limits.max_requests)} if rung.windows else {}
         with bench.fresh(OURS, variant=base.variant) as first, bench.fresh(OURS, variant=rung.variant) as second:
             bench.gate({rung.name: second}, [min(bench.limits.max_requests, 32)])
             runs = bench.runs({base.name: first, rung.name: second}, job.works, how)
@@ -151,6 +151,23 @@ def accuracy(bench: Bench, job: Job, labels: Sequence[str], directory: str | Non
             "first_layer": layers["parts_at"] if ours else None, "error_ratio": layers["ratio"] if ours else None,
         }  # fmt: skip
         bench.record.add(Row("accuracy", job.work, label, figures, 1))
+
+
+def in_windows(most: int) -> Callable[[Side, Work], Run]:
+    """The next `most` requests are sent when all before have ended: no continuous batching."""
+
+    def run(side: Side, work: Work) -> Run:
+        answers, began, compiled = [], 0.0, 0
+        for first in range(0, len(work.asks), most):
+            part = side.run(replace(work, asks=work.asks[first : first + most]))
+            answers += [
+                Answer(a.tokens, began + a.sent, tuple(began + t for t in a.times), began + a.ended)
+                for a in part.answers
+            ]
+            began, compiled = began + part.seconds, compiled + part.compiles
+        return Run(began, tuple(answers), compiled, part.peak_bytes, {})
+
+    return run
 
 
 # ---- rows
@@ -219,20 +236,3 @@ def _percentiles(runs: Sequence[Sequence[float]]) -> dict:
 
 def _seconds(runs: dict[str, list[Run]]) -> dict[str, list[float]]:
     return {label: [run.seconds for run in mine] for label, mine in runs.items()}
-
-
-def _in_windows(most: int) -> Callable[[Side, Work], Run]:
-    """The next `most` requests are sent when all before have ended: no continuous batching."""
-
-    def run(side: Side, work: Work) -> Run:
-        answers, began, compiled = [], 0.0, 0
-        for first in range(0, len(work.asks), most):
-            part = side.run(replace(work, asks=work.asks[first : first + most]))
-            answers += [
-                Answer(a.tokens, began + a.sent, tuple(began + t for t in a.times), began + a.ended)
-                for a in part.answers
-            ]
-            began, compiled = began + part.seconds, compiled + part.compiles
-        return Run(began, tuple(answers), compiled, part.peak_bytes, {})
-
-    return run
