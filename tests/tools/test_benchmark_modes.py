@@ -102,6 +102,31 @@ def test_a_wrong_token_refuses_every_speedup(made):
     assert "0.3 nats" in record.refusal(ours) and not list(record.comparisons(ours))
 
 
+def test_what_was_timed_is_what_is_judged(made):
+    """Short answers are right here, and long ones are not."""
+    bench, record, sides, _ = made()
+    sides[JUDGE].score = lambda pairs: [[0.5 if len(ids) + len(answer) > 30 else 0.0] for ids, answer in pairs]
+    modes.latency(bench, [job(), job(3, 20, 12)], [OURS, JUDGE])
+    assert [gate["wrong"] is None for gate in record.gates] == [True, False]
+    assert "0.5 nats" in record.refusal(row(record, OURS, prompt=20))
+
+
+def test_a_side_that_fails_is_left_out_and_the_rest_goes_on(made):
+    bench, record, sides, said = made()
+    other = sides["transformers-cb"] = FakeSide("transformers-cb", 0.03)
+    run = other.run
+
+    def fails(work, watch=None):
+        if len(other.ran) > 2:
+            raise SideFailed("transformers-cb: out of memory", kind="memory")
+        return run(work)
+
+    other.run = fails
+    modes.latency(bench, [job()], [OURS, JUDGE, "transformers-cb"])
+    assert [r.side for r in record.rows] == [OURS, JUDGE] and len(row(record, OURS).against) == 1
+    assert any("left out transformers-cb: transformers-cb: out of memory" in line for line in said)
+
+
 def test_nobody_to_judge_refuses_too(made, monkeypatch):
     bench, record, _, _ = made()
     fresh = Bench.fresh
@@ -199,18 +224,25 @@ def test_the_limit_of_a_work():
     def seconds(*asks, most=8):
         return work_limit(cfg, 4, Work("w", tuple(Ask((1,) * 4, new, at) for new, at in asks)), most, ROOF).seconds
 
-    prompt = prompt_limit(cfg, 4, ROOF).seconds
+    prompt, step = prompt_limit(cfg, 4, ROOF).seconds, step_limit(cfg, 4, 1, 5, ROOF).seconds
     assert seconds((1, 0)) == pytest.approx(prompt)  # the prompt gives the first token
-    assert seconds((2, 0)) == pytest.approx(prompt + step_limit(cfg, 4, 1, 6, ROOF).seconds, rel=1e-3)
-    assert seconds((9, 0), (9, 0)) < 2 * seconds((9, 0))  # weights are read once for both
-    assert seconds((9, 0), (9, 0), most=1) == pytest.approx(2 * seconds((9, 0)))
-    assert seconds((9, 0), (1, 0)) < seconds((9, 0), (9, 0))
-    assert seconds((9, 0), (9, 50.0)) == pytest.approx(50.0)  # nothing ends before it comes
+    assert seconds((2, 0)) == pytest.approx(max(prompt, step))  # of other requests they could overlap
+    nine = sum(step_limit(cfg, 4, 1, seen, ROOF).seconds for seen in range(5, 13))
+    assert seconds((9, 0)) == pytest.approx(nine)
+    assert nine < seconds((9, 0), (9, 0)) < 1.1 * nine  # weights are read once for both
+    assert seconds((9, 0), (9, 0), most=1) == pytest.approx(2 * nine)
+    # Two at a time, eight and two tokens: five steps would hold them, but eight of them follow each other.
+    assert seconds((9, 0), (3, 0), most=2) < seconds((9, 0), (9, 0), most=2)
+    assert seconds((9, 0), (9, 50.0)) == seconds((9, 0), (9, 0))  # when they come is not the machine's doing
 
 
 def test_a_window_limits_what_a_prompt_costs():
     cfg = Facts.find(None, None, 0, "float32", "cpu").cfg
     seen = dataclasses.replace(cfg, windows=(2,) * cfg.num_layers)
+    work = Work("w", (Ask((1,) * 3, 4),))
+    tokens = 2 * cfg.kv_heads * cfg.head_dim * 4 / ROOF.copy * cfg.num_layers * (4 + 5 + 6 - 2 - 2 - 2)
+    whole, short = (work_limit(c, 4, work, 1, ROOF).seconds for c in (cfg, seen))
+    assert whole - short == pytest.approx(tokens)
     whole, short = (prompt_limit(c, 5, ROOF).seconds for c in (cfg, seen))
     pairs = cfg.num_layers * 4 * cfg.heads * cfg.head_dim * (15 - 9)  # 1 + 2 + 2 + 2 + 2 of 1 + 2 + 3 + 4 + 5
     assert whole - short == pytest.approx(pairs / ROOF.matmul)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from lite_llm.weights import load_weights, open_checkpoint
 from tests.weights.tiny import build
@@ -59,3 +60,24 @@ def test_errors_are_one_line_and_an_exit_code(tmp_path, capsys):
     assert run("tiny-llama-2-7b", tmp_path) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shape", ["tiny-llava-1.5-7b", "tiny-llava-1.6-mistral-7b"])
+def test_a_processor_of_transformers_and_our_model_agree_on_pictures(shape, tmp_path):
+    directory = tmp_path / "model"
+    assert run(shape, directory, "--dtype", "float32") == 0
+    theirs = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(directory)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    picture = Image.effect_mandelbrot((91, 40), (-2, -1, 1, 1), 50).convert("RGB")
+    inputs = processor(images=[picture], text=text, return_tensors="pt")
+    sizes = [tuple(size) for size in inputs.get("image_sizes", torch.tensor([[40, 91]])).tolist()]
+    ours, rules = build(directory, torch.float32)
+    load_weights(ours, open_checkpoint(directory), rules)
+    with torch.no_grad():
+        (got,) = ours.encode(inputs["pixel_values"].flatten(0, -4), sizes)
+        assert (inputs["input_ids"] == ours.cfg.image_token).sum() == len(got)
+        more = {"image_sizes": inputs["image_sizes"]} if "1.6" in shape else {}
+        (want,) = theirs.get_image_features(inputs["pixel_values"], **more).pooler_output
+    assert (got - want).abs().max() < 1e-4

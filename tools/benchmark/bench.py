@@ -23,6 +23,9 @@ from tools.benchmark.work import Run, Work, batch
 OURS, JUDGE = "lite_llm", "transformers"
 AGAIN = "lite_llm, again"  # an opponent that is ourselves: what differs then is noise, or the benchmark is wrong
 
+SAME = 0.03
+"""Two processes of one program differ by as much, whatever the rounds: less is not called a difference."""
+
 Say = Callable[[str], None]
 """Told what happens next, one short line."""
 View = Callable[[], contextlib.AbstractContextManager[Callable[[dict], None]]]
@@ -75,11 +78,14 @@ class Bench:
         rounds: int,
         say: Say,
         view: View | None = None,
+        prefix_cache: bool = False,
     ):
+        """`prefix_cache`: of our side, where a mode does not say otherwise."""
         self.facts, self.record, self.roof, self.limits = facts, record, roof, limits
-        self.rounds, self.say, self.view = rounds, say, view
+        self.rounds, self.say, self.view, self.prefix_cache = rounds, say, view, prefix_cache
         self._open = contextlib.ExitStack()
         self.sides: dict[str, Side] = {}
+        self.infos: dict[str, dict] = {}  # what each side says of itself
 
     def __enter__(self) -> "Bench":
         return self
@@ -91,6 +97,7 @@ class Bench:
         """Kept until the end. SideFailed if it cannot run here."""
         if label not in self.sides:
             self.sides[label] = self._open.enter_context(self.fresh(label, prefix_cache, variant))
+            self.infos[label] = self.sides[label].info
         return self.sides[label]
 
     def fresh(self, label: str, prefix_cache: bool = False, variant: str | None = None) -> Side:
@@ -111,50 +118,60 @@ class Bench:
     ) -> dict[str, list[Run]]:
         """Runs of every side by turns, the works of a round the same for all, fresh ones each round.
 
-        `how` runs a work in another way than `Side.run`, for sides that it names.
+        Every other round begins with the last side, for what comes first may be faster. A side that fails is left
+        out from there on, and so are its runs; ours may not. `how` runs a work in another way than `Side.run`.
         """
-        for label, side in sides.items():
-            self.say(f"{works(0).name}: warming {label}")
-            side.warm(works(0))
-        found: dict[str, list[Run]] = {label: [] for label in sides}
-        for turn in range(self.rounds):
-            for label, side in sides.items():
-                self.say(f"{works(0).name}: round {turn + 1} of {self.rounds}, {label}")
-                work, other = works(1 + turn), how.get(label)
-                with self.watching(label) as watch:
-                    found[label].append(other(side, work) if other else side.run(work, watch=watch))
+        name, found = works(0).name, {label: [] for label in sides}
+        for turn in range(self.rounds + 1):
+            for label in list(found)[:: 1 if turn % 2 else -1]:
+                self.say(f"{name}: " + (f"round {turn} of {self.rounds}, {label}" if turn else f"warming {label}"))
+                side, work, other = sides[label], works(turn), how.get(label)
+                try:
+                    if not turn:
+                        side.warm(work)
+                        continue
+                    with self.watching(label) as watch:
+                        found[label].append(other(side, work) if other else side.run(work, watch=watch))
+                except SideFailed as error:
+                    if label not in self.sides or label == OURS:
+                        raise
+                    self.say(f"left out {label}: {error.message}")
+                    del found[label]
         return found
 
     def watching(self, label: str) -> contextlib.AbstractContextManager:
         """What a run tells its progress to: the view of the requests, for our side, if there is one."""
         return self.view() if self.view and label in (OURS, AGAIN) else contextlib.nullcontext()
 
-    def gate(self, ours: dict[str, Side], batches: Sequence[int]) -> None:
-        """Greedy tokens of each side, scored by transformers: a gate for each in the record."""
-        try:
-            judge = self.open(JUDGE)
-        except SideFailed as error:
-            for label in ours:
-                self.record.add_gate({"name": "greedy tokens", "side": label, "wrong": f"nobody to judge: {error}"})
-            return
-        for label, side in ours.items():
-            if label == JUDGE:
-                continue
-            self.say(f"are {label}'s tokens right?")
-            worst = max(self.worst_gap(side, judge, size) for size in batches)
-            wrong = (
-                None
-                if worst <= near(self.facts.dtype)
-                else f"a greedy token is {worst:.3g} nats below transformers' best"
-            )
-            self.record.add_gate({"name": "greedy tokens", "side": label, "wrong": wrong, "worst_gap_nats": worst})
+    def gate(self, sides: dict[str, Side], batches: Sequence[int]) -> None:
+        """Short answers of each side at these batch sizes, scored before anything is timed."""
+        for label, side in sides.items():
+            if label != JUDGE:
+                prompt = max(min(24, (self.limits.context or 40) - 16), 1)
+                works = [batch(self.facts.vocab, n, prompt, 12, seed=n, banned=self.facts.banned) for n in batches]
+                self._score("greedy tokens", label, [(work, side.run(work)) for work in works])
 
-    def worst_gap(self, side: Side, judge: Side, size: int) -> float:
-        prompt = max(min(24, (self.limits.context or 40) - 16), 1)
-        work = batch(self.facts.vocab, size, prompt, 12, seed=size, banned=self.facts.banned)
-        answers = side.run(work).answers
-        gaps = judge.score([(ask.ids, answer.tokens) for ask, answer in zip(work.asks, answers, strict=True)])
-        return max(max(row) for row in gaps)
+    def judge(self, runs: dict[str, list[Run]], work: Work) -> None:
+        """Answers that were timed, the first round's, scored: a gate for each side in the record."""
+        for label, mine in runs.items():
+            if label != JUDGE:
+                self._score(f"greedy tokens, {work.name}", label, [(work, mine[0])])
+
+    def _score(self, name: str, label: str, answered: Sequence[tuple[Work, Run]]) -> None:
+        """Of each work the longest requests and some others, by how far a token is below transformers' best."""
+        self.say(f"{name}: are {label}'s right?")
+        try:
+            judge, worst = self.open(JUDGE), 0.0
+            for work, run in answered:
+                pairs = [(ask.ids, answer.tokens) for ask, answer in zip(work.asks, run.answers, strict=True)]
+                longest = sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1]))
+                some = longest[:4] + longest[4 :: max((len(longest) - 4) // 4, 1)][:4]
+                worst = max(worst, *(max(row) for row in judge.score(some)))
+        except SideFailed as error:
+            self.record.add_gate({"name": name, "side": label, "wrong": f"nobody to judge: {error.message}"})
+            return
+        wrong = f"a token is {worst:.3g} nats below transformers' best" if worst > near(self.facts.dtype) else None
+        self.record.add_gate({"name": name, "side": label, "wrong": wrong, "worst_gap_nats": worst})
 
 
 def figure(values: Sequence[float], scale: float = 1.0, limit: Limit | None = None) -> dict:
@@ -169,8 +186,8 @@ def compared(seconds: dict[str, Sequence[float]], others: Sequence[str], ours: s
     found = []
     for label in others:
         ratio = stats.ratio_of(seconds[label], seconds[ours])
-        interval = {"median": ratio.median, "low": ratio.low, "high": ratio.high}
-        found.append({"side": label, "ratio": interval, "differs": ratio.differs})
+        interval = {"median": ratio.median, "low": max(ratio.low, 0.0), "high": ratio.high}
+        found.append({"side": label, "ratio": interval, "differs": ratio.differs and abs(ratio.median - 1) > SAME})
     return found
 
 

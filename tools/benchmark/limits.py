@@ -1,8 +1,8 @@
 """The least time that a work could take on this machine: measured copy and matmul rates, and what must be done.
 
-Prompts are matmuls: their flops at the matmul rate. Decoding is reading: at every step, the weights once and the keys
-and values of all requests that are still there, at the copy rate (or its flops, where they take longer). Nothing
-overlaps, no step costs anything else, and requests that arrive later wait for nobody: no engine can be faster.
+Prompts are matmuls: their flops at the matmul rate. Decoding is reading: the weights once for as many tokens as may
+advance together, the keys and values once for every token that sees them, at the copy rate (or flops, where they take
+longer). Prompts of some may be computed while others decode, so the longer of the two counts; no engine can be faster.
 """
 
 from dataclasses import dataclass
@@ -35,25 +35,26 @@ def prompt_limit(cfg: ModelConfig, tokens: int, roof: Ceilings) -> Limit:
 
 
 def work_limit(cfg: ModelConfig, itemsize: int, work: Work, most: int, roof: Ceilings) -> Limit:
-    """All prompts, then all answers, `most` requests at a time at the most, the longest first."""
+    """All prompts and all answers, at most `most` requests at a time."""
     prompts = sum(_prompt_flops(cfg, len(ask.ids)) for ask in work.asks) / roof.matmul
-    steps = 0.0
-    for group in _groups(work, most):
-        done = 1  # a prompt gives the first token
-        for last in sorted({ask.new for ask in group}):  # between two ends the same requests decode
-            if last > done:
-                there = [ask for ask in group if ask.new >= last]
-                seen = sum(len(ask.ids) for ask in there) / len(there) + (done + last) / 2
-                steps += (last - done) * floor(step_costs(cfg, itemsize, len(there), round(seen)), roof)
-                done = last
-    late = max(ask.at for ask in work.asks)  # no request ends before it has come
-    return Limit(max(prompts + steps, late), "memory" if steps >= prompts else "matmul")
+    tokens = sum(ask.new - 1 for ask in work.asks)  # a prompt gives the first one
+    decode = 0.0
+    if tokens:
+        steps = max(max(ask.new for ask in work.asks) - 1, -(-tokens // most))
+        q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+        seen = sum(_seen(len(ask.ids), ask.new, window) for ask in work.asks for window in cfg.windows)
+        attention = max(2 * kv * itemsize * seen / roof.copy, 4 * q * seen / roof.matmul)
+        decode = steps * floor(step_costs(cfg, itemsize, tokens / steps, 0), roof) + attention
+    return Limit(max(prompts, decode), "memory" if decode >= prompts else "matmul")
 
 
-def _groups(work: Work, most: int) -> list[list]:
-    """Requests of like length run together: more in a group only makes its steps dearer than one step of all."""
-    asks = sorted(work.asks, key=lambda ask: -ask.new)
-    return [asks[i : i + most] for i in range(0, len(asks), most)]
+def _seen(prompt: int, new: int, window: int | None) -> int:
+    """Cached tokens that the decode steps of an answer see, all together."""
+    first, last = prompt + 1, prompt + new - 1
+    if window is None or window >= last:
+        return (first + last) * (last - first + 1) // 2
+    full = max(min(window, last) - first + 1, 0)
+    return (first + first + full - 1) * full // 2 + (last - first + 1 - full) * window
 
 
 def _prompt_flops(cfg: ModelConfig, tokens: int) -> float:

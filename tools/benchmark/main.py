@@ -22,6 +22,7 @@ from tools.benchmark.record import Record, load
 from tools.benchmark.sides import Limits
 from tools.benchmark.work import Lengths, Work, batch, burst, fixed, many, poisson, trace
 
+_ARRIVALS = ("every:", "poisson:", "burst:")  # else it is a file
 ROOM = 64
 """Slots that a running request may hold ahead of its tokens."""
 _GATE = 40  # tokens of a request of the gate
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; rows that were done are in --json", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
 
 
@@ -47,6 +48,9 @@ def run(args: Namespace, argv: list[str]) -> int:
     before = load(args.baseline) if args.baseline else None
     if args.plot:
         plot.check(args.plot)
+    for path in (args.csv, args.plot):
+        if path and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: there is no directory {path.absolute().parent}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem("--device cuda, but torch sees no GPU", "leave it out to measure the CPU")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,10 +70,18 @@ def run(args: Namespace, argv: list[str]) -> int:
             {"copy_tb_s": roof.copy / 1e12, "matmul_tflops": roof.matmul / 1e12}, args.json,
         )  # fmt: skip
         view = say.flight if args.mode == "online" and say.console.is_terminal else None
-        with Bench(facts, record, roof, limits, args.rounds, say, view) as bench:
-            _measure(args, bench, jobs, labels)
+        failed: BaseException | None = None
+        try:
+            with Bench(facts, record, roof, limits, args.rounds, say, view, args.prefix_cache) as bench:
+                record.arguments["sides"] = bench.infos
+                _measure(args, bench, jobs, labels)
+        except (LiteLLMError, KeyboardInterrupt) as error:
+            failed = error
     console = Console()
-    table.show(record, console)
+    if record.rows or not failed:
+        table.show(record, console)
+    if failed:
+        raise failed
     if args.csv:
         table.csv(record, args.csv)
     if args.plot:
@@ -77,7 +89,8 @@ def run(args: Namespace, argv: list[str]) -> int:
     findings = baseline.compare(record, before) if before else []
     for finding in findings:
         console.print(str(finding), markup=False, highlight=False)
-    refused = any(record.refusal(row) for row in record.rows) or any(gate["wrong"] for gate in record.gates)
+    refused = any(record.refusal(row) or row.figures.get("verdict") == "bug" for row in record.rows)
+    refused = refused or any(gate["wrong"] for gate in record.gates)
     return int(refused or any(finding.fails for finding in findings))
 
 
@@ -108,10 +121,15 @@ def _defaults(args: Namespace, small: bool) -> None:
 
 
 def _jobs(args: Namespace, facts: Facts) -> list[Job]:
+    limits = {"first token": args.ttft, "tokens": args.tpot}
+    note = ", ".join(f"{name} in {seconds:g} s" for name, seconds in limits.items() if seconds)
+
     def job(make: Callable[[int], Work], **about) -> Job:
-        return Job(lambda turn: make(1000 * (args.seed + 1) + turn), about)
+        return Job(lambda turn: make(1000 * (args.seed + 1) + turn), about, note and f", {note}")
 
     common = (facts.vocab, facts.banned)
+    if args.arrivals and not args.arrivals.startswith(_ARRIVALS):
+        return [job(lambda seed: trace(Path(args.arrivals), common[0], seed, common[1]), trace=args.arrivals)]
     if args.mode in ("throughput", "online"):
         return [
             job(lambda seed, p=p, n=n: _many(args, *common, p, n, seed), prompt=p, new=n, requests=args.requests)
@@ -137,15 +155,15 @@ def _jobs(args: Namespace, facts: Facts) -> list[Job]:
 
 def _many(args: Namespace, vocab: int, banned: frozenset[int], prompt: str, new: str, seed: int) -> Work:
     how, arrivals = args.arrivals, None
-    if how and not how.startswith(("every:", "poisson:", "burst:")):
-        return trace(Path(how), vocab, seed, banned)
     if how:
         kind, *numbers = how.split(":")
         try:
             values = [float(number) for number in numbers]
-            arrivals = {"every": fixed, "poisson": poisson, "burst": lambda size, gap: burst(int(size), gap)}[kind](
-                *values
-            )
+            arrivals = {
+                "every": fixed,
+                "poisson": poisson,
+                "burst": lambda size, gap: burst(int(size) if size == int(size) else size, gap),
+            }[kind](*values)
         except (ValueError, TypeError):
             raise UsageError(
                 f"--arrivals {how}", "expected every:SECONDS, poisson:RATE, burst:SIZE:SECONDS or a file"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tools.benchmark import stats
-from tools.benchmark.bench import JUDGE, OURS, Bench, Works, compared, figure, near
+from tools.benchmark.bench import AGAIN, JUDGE, OURS, Bench, Works, compared, figure, near
 from tools.benchmark.ladder import RUNGS
 from tools.benchmark.limits import Limit, prompt_limit, step_limit, work_limit
 from tools.benchmark.record import FIGURES, PERCENTILES, Row
@@ -25,18 +25,19 @@ class Job:
 
     works: Works
     about: dict
+    note: str = ""  # behind the name
 
     @property
     def work(self) -> dict:
-        return {"name": self.works(0).name} | self.about
+        return {"name": self.works(0).name + self.note} | self.about
 
 
-def opened(bench: Bench, labels: Sequence[str], prefix_cache: bool = False) -> dict:
+def opened(bench: Bench, labels: Sequence[str]) -> dict:
     """The sides that can run here; of one that cannot, a line says why. Ours must."""
     found = {}
     for label in labels:
         try:
-            found[label] = bench.open(label, prefix_cache)
+            found[label] = bench.open(label, bench.prefix_cache and label in (OURS, AGAIN))
         except SideFailed as error:
             if label == OURS:
                 raise
@@ -46,14 +47,12 @@ def opened(bench: Bench, labels: Sequence[str], prefix_cache: bool = False) -> d
 
 def latency(bench: Bench, jobs: Sequence[Job], labels: Sequence[str]) -> None:
     sides = opened(bench, labels)
-    bench.gate(sides, sorted({len(job.works(0).asks) for job in jobs}))
     for job in jobs:
         _add(bench, "latency", job, bench.runs(sides, job.works), _batch_figures)
 
 
 def throughput(bench: Bench, jobs: Sequence[Job], labels: Sequence[str]) -> None:
     sides = opened(bench, labels)
-    bench.gate(sides, [min(bench.limits.max_requests, 32)])
     for job in jobs:
         _add(bench, "throughput", job, bench.runs(sides, job.works), _many_figures)
 
@@ -61,7 +60,6 @@ def throughput(bench: Bench, jobs: Sequence[Job], labels: Sequence[str]) -> None
 def online(bench: Bench, jobs: Sequence[Job], labels: Sequence[str], ttft: float | None, tpot: float | None) -> None:
     """`ttft` and `tpot` are the seconds within which a request counts as served in time."""
     sides = opened(bench, labels)
-    bench.gate(sides, [min(bench.limits.max_requests, 32)])
     figures = functools.partial(_online_figures, ttft=ttft, tpot=tpot)
     for job in jobs:
         runs = bench.runs(sides, job.works)
@@ -110,8 +108,8 @@ def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
         base, job = rungs[rung.against], {"mixed": mixed, "prefixed": prefixed}.get(rung.work, plain)
         how = {rung.name: in_windows(bench.limits.max_requests)} if rung.windows else {}
         with bench.fresh(OURS, variant=base.variant) as first, bench.fresh(OURS, variant=rung.variant) as second:
-            bench.gate({rung.name: second}, [min(bench.limits.max_requests, 32)])
             runs = bench.runs({base.name: first, rung.name: second}, job.works, how)
+        bench.judge({rung.name: runs[rung.name]}, job.works(1))
         for name, mine in runs.items():
             about = job.work | {"variant": name}
             if bench.record.find("ablation", about, OURS) is None:
@@ -135,7 +133,7 @@ def accuracy(bench: Bench, job: Job, labels: Sequence[str], directory: str | Non
             raise SideFailed(f"tools/diff.py: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     layers = json.loads(text)["results"][0]
     sides = opened(bench, labels)
-    judge, work = sides[JUDGE], job.works(0)
+    judge, work = bench.open(JUDGE), job.works(0)
     right = judge.run(work)
     for label, side in sides.items():
         if label == JUDGE:
@@ -178,6 +176,7 @@ Figures = Callable[[Bench, Job, list[Run]], dict]
 def _add(
     bench: Bench, mode: str, job: Job, runs: dict[str, list[Run]], figures: Figures, against: list[dict] | None = None
 ) -> None:
+    bench.judge(runs, job.works(1))
     if against is None:
         against = compared(_seconds(runs), [other for other in runs if other != OURS])
     for label, mine in runs.items():
@@ -191,6 +190,8 @@ def _row(
     limit = work_limit(bench.facts.cfg, bench.facts.itemsize, job.works(1), bench.limits.max_requests, bench.roof)
     refused = None if found.keys() == FIGURES[mode].keys() else "this side tells no times of tokens"
     share = limit.share(statistics.median(run.seconds for run in runs))
+    if any(ask.at for ask in job.works(1).asks):
+        share = None  # how long a run lasts is up to the arrivals, and they differ from round to round
     return Row(mode, about, label, found, len(runs), share, against, sum(run.compiles for run in runs), refused)
 
 
