@@ -26,6 +26,8 @@ class Batch:
     rows: Tensor  # [B]    int32 row of the table that belongs to each request
     logits_at: Tensor | None  # [N] int32 tokens whose logits are wanted; None: all
     decodes: int
+    features: Tensor | None = None  # [T, hidden] embeddings of picture tokens, in the model's dtype; None: no pictures
+    pictured: Tensor | None = None  # [T]    bool tokens whose embedding is their row of `features`
 
 
 @dataclass(frozen=True)

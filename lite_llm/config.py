@@ -69,6 +69,62 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """Facts of a vision tower, and of what becomes of its features. Sizes of pictures are in pixels."""
+
+    num_layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    image_size: int  # height and width of what the tower sees at once, a tile
+    patch_size: int
+    norm_eps: float
+    quick_gelu: bool
+    feature_layers: tuple[int, ...]  # whose outputs lie side by side in a feature; 0 is the embedding
+    class_token: bool  # whether the class token's feature is one of a tile's
+    projector_bias: bool
+    image_token: int  # stands in the prompt for each feature of a picture
+    resolutions: tuple[tuple[int, int], ...] = ()  # height and width of the grids of tiles; none: a picture is a tile
+
+    def __post_init__(self):
+        for name in ("num_layers", "hidden", "ffn", "heads", "image_size", "patch_size"):
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise UnsupportedModel(f"config.json: vision {name} = {getattr(self, name)}; expected 1 to {_MOST}")
+        if self.hidden % self.heads:
+            raise UnsupportedModel(
+                f"config.json: vision_config.num_attention_heads = {self.heads} does not divide its hidden_size = "
+                f"{self.hidden}"
+            )
+        if self.image_size % self.patch_size:
+            raise UnsupportedModel(
+                f"config.json: vision_config.patch_size = {self.patch_size} does not divide its image_size = "
+                f"{self.image_size}"
+            )
+        if not (0 < self.norm_eps < 1):
+            raise UnsupportedModel(
+                f"config.json: vision_config.layer_norm_eps = {self.norm_eps}; expected between 0 and 1"
+            )
+        for size in self.resolutions:
+            if any(side < 1 or side % self.image_size for side in size):
+                raise UnsupportedModel(
+                    f"config.json: image_grid_pinpoints has {list(size)}; expected multiples of {self.image_size}"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def side(self) -> int:
+        """Patches in a row of a tile, and rows of patches."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tile_features(self) -> int:
+        return self.side**2 + self.class_token
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Facts of the checkpoint, after every default and alias has been resolved."""
 
@@ -90,6 +146,7 @@ class ModelConfig:
     qk_norm: bool = False
     tied_head: bool = False
     dtype: str = "float32"  # of the stored weights, as config.json states it
+    vision: VisionConfig | None = None
 
     def __post_init__(self):
         for name in ("num_layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "max_len"):
@@ -105,6 +162,10 @@ class ModelConfig:
             raise UnsupportedModel(f"config.json: rms_norm_eps = {self.norm_eps}; expected between 0 and 1")
         if len(self.windows) != self.num_layers:
             raise UnsupportedModel(f"config.json: {len(self.windows)} layer_types for {self.num_layers} layers")
+        if self.vision is not None and not 0 <= self.vision.image_token < self.vocab:
+            raise UnsupportedModel(
+                f"config.json: image_token_index = {self.vision.image_token}; the vocabulary has {self.vocab} tokens"
+            )
         if any(w is not None and w < 1 for w in self.windows):
             raise UnsupportedModel(f"config.json: sliding_window of {self.windows}; expected at least 1")
 
@@ -115,8 +176,8 @@ class HFConfig:
     Reading a key marks it as understood; `finish` refuses the keys that nobody understood.
     """
 
-    def __init__(self, raw: dict[str, Any], ignore: tuple[str, ...] = ()):
-        self._raw, self._ignore = raw, frozenset(ignore)
+    def __init__(self, raw: dict[str, Any], ignore: tuple[str, ...] = (), where: str = ""):
+        self._raw, self._ignore, self._where = raw, frozenset(ignore), where
         self._read: set[str] = set()
 
     @classmethod
@@ -124,28 +185,33 @@ class HFConfig:
         """Reads `directory/config.json`. BadCheckpoint if it is missing, not an object, or has a key twice."""
         return cls(read_object(directory / "config.json"), ignore)
 
+    def section(self, key: str, defaults: dict[str, Any], **given: Any) -> "HFConfig":
+        """The object at `key` as a config of its own: over `defaults`, under `given`. Its reader calls its `finish`."""
+        return HFConfig(defaults | self.get(dict, key, {}) | given, tuple(self._ignore), f"{self._where}{key}.")
+
     def get(self, kind: type, key: str, default: Any = _MISSING) -> Any:
         """The value at `key`, checked to be a finite `kind`. "a.b" is nested, "a|b" is a or else b; null is absent."""
         value = next((v for k in key.split("|") if (v := self._find(k)) is not None), None)
         if value is None:
             if default is _MISSING:
-                raise UnsupportedModel(f"config.json has no {key!r}, which this model needs")
+                raise UnsupportedModel(f"config.json has no {self._where + key!r}, which this model needs")
             return default
         if kind is float and type(value) is int:
             value = float(value) if abs(value) < 1 << 1000 else math.inf
         if kind is not object and type(value) is not kind:
             raise UnsupportedModel(
-                f"config.json: {key} = {shown(value)} is a {type(value).__name__}; expected {kind.__name__}"
+                f"config.json: {self._where}{key} = {shown(value)} is a {type(value).__name__}; "
+                f"expected {kind.__name__}"
             )
         if kind is float and not math.isfinite(value):
-            raise UnsupportedModel(f"config.json: {key} = {value}; expected a finite number")
+            raise UnsupportedModel(f"config.json: {self._where}{key} = {value}; expected a finite number")
         return value
 
     def between(self, kind: type, key: str, low: float, high: float, default: Any = _MISSING) -> Any:
         """A number from `low` to `high`, these included; the default need not be."""
         value = self.get(kind, key, default)
         if value is not default and not low <= value <= high:
-            raise UnsupportedModel(f"config.json: {key} = {shown(value)}; expected {low} to {high}")
+            raise UnsupportedModel(f"config.json: {self._where}{key} = {shown(value)}; expected {low} to {high}")
         return value
 
     def size(self, key: str, default: Any = _MISSING) -> Any:
@@ -156,7 +222,7 @@ class HFConfig:
         """The value at either key. UnsupportedModel if they contradict each other."""
         a, b = self.get(kind, one, None), self.get(kind, other, None)
         if a is not None and b is not None and a != b:
-            raise UnsupportedModel(f"config.json: {one} = {shown(a)}, but {other} = {shown(b)}")
+            raise UnsupportedModel(f"config.json: {self._where}{one} = {shown(a)}, but {other} = {shown(b)}")
         return a if a is not None else b if b is not None else default
 
     def __contains__(self, key: str) -> bool:
@@ -174,7 +240,9 @@ class HFConfig:
         """Refuse a checkpoint whose `key` is set to something we would silently get wrong; absent is allowed."""
         value = self.get(object, key, allowed[0])
         if not any(type(value) is type(a) and value == a for a in allowed):
-            raise UnsupportedModel(f"config.json: {key} = {shown(value)}; supported: {', '.join(map(repr, allowed))}")
+            raise UnsupportedModel(
+                f"config.json: {self._where}{key} = {shown(value)}; supported: {', '.join(map(repr, allowed))}"
+            )
 
     def finish(self) -> None:
         """Refuse keys that nothing has read and that are set to something: they may change what the model computes."""
@@ -186,7 +254,7 @@ class HFConfig:
         if unknown:
             value = f" = {shown(self._raw[unknown[0]])}" if unknown[0] in self._raw else ""
             raise UnsupportedModel(
-                f"config.json: {unknown[0]}{value} is not known"
+                f"config.json: {self._where}{unknown[0]}{value} is not known"
                 + (f", nor are {', '.join(unknown[1:20])}" if unknown[1:] else ""),
                 "if it does not change what the model computes, pass --ignore-config " + ",".join(unknown[:20]),
             )

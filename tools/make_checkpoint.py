@@ -27,10 +27,14 @@ from lite_llm.weights.publish import new_directory  # noqa: E402
 from lite_llm.weights.random import hf_shapes, random_hf_tensors  # noqa: E402
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PAD, START, END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PARTS = (  # of a message that is text, or a list of parts, some of them pictures
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
 )
 TEXT = """A model is a function from the tokens so far to the odds of the token that comes next. The weights of this one
 are random, so that its answers mean nothing; but it is as large, as deep and as fast as the model it is named after.
@@ -42,26 +46,33 @@ such as (a + b) * c = d; [x, y]; {"key": "value"} are common in what people ask.
 def make_checkpoint(shape: str, out: Path, dtype: str, seed: int, shard_bytes: int, device: str = "cpu") -> None:
     """`out` must not exist; it appears when it is whole. A GPU draws other weights from a seed than a CPU."""
     config = {**shape_config(shape), "dtype": dtype}
-    tokenizer = train_tokenizer(min(config["vocab_size"], 512))
+    text, pictures = config.get("text_config", config), "vision_config" in config
+    tokenizer = train_tokenizer(min(text["vocab_size"], 512), [START, END, PAD] + [IMAGE] * pictures)
     start, end, pad = (tokenizer.token_to_id(token) for token in (START, END, PAD))
-    config |= {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
+    ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
+    config |= ids
+    if pictures:
+        text = {**text, **ids, "dtype": dtype}
+        config |= {"text_config": text, "image_token_index": tokenizer.token_to_id(IMAGE)}
     with new_directory(out) as partial:
         write_json(partial / "config.json", config)
         write_json(
             partial / "generation_config.json",
-            {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad, "do_sample": False},
+            {**ids, "do_sample": False},
         )
-        write_tokenizer(partial, tokenizer, config["max_position_embeddings"])
+        write_tokenizer(partial, tokenizer, text["max_position_embeddings"], pictures)
+        if pictures:
+            write_processor(partial, config)
         write_weights(partial, config, DTYPES[dtype], seed, shard_bytes, device)
 
 
-def train_tokenizer(vocab: int) -> Tokenizer:
+def train_tokenizer(vocab: int, special: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=[START, END, PAD],
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -69,9 +80,10 @@ def train_tokenizer(vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> None:
+def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int, pictures: bool = False) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    template = TEMPLATE.replace("{{ message['content'] }}", PARTS) if pictures else TEMPLATE
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     write_json(
         directory / "tokenizer_config.json",
         {
@@ -81,7 +93,42 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> N
             "pad_token": PAD,
             "model_max_length": max_length,
             "clean_up_tokenization_spaces": False,
-            "chat_template": TEMPLATE,
+            "chat_template": template,
+            **({"image_token": IMAGE, "extra_special_tokens": {"image_token": IMAGE}} if pictures else {}),
+        },
+    )
+
+
+def write_processor(directory: Path, config: dict[str, Any]) -> None:
+    """As the published checkpoints have it: CLIP's mean and deviation, and for LLaVA-NeXT its resolutions."""
+    size, tiled = config["vision_config"]["image_size"], config["model_type"] == "llava_next"
+    kind = "LlavaNext" if tiled else "Llava"
+    pictures = {
+        "image_processor_type": "LlavaNextImageProcessor" if tiled else "CLIPImageProcessor",
+        "processor_class": f"{kind}Processor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    if tiled:
+        pictures |= {"do_pad": True, "image_grid_pinpoints": config["image_grid_pinpoints"]}
+    write_json(directory / "preprocessor_config.json", pictures)
+    write_json(
+        directory / "processor_config.json",
+        {
+            "processor_class": f"{kind}Processor",
+            "image_token": IMAGE,
+            "num_additional_image_tokens": 1,
+            "patch_size": config["vision_config"]["patch_size"],
+            "vision_feature_select_strategy": config["vision_feature_select_strategy"],
         },
     )
 

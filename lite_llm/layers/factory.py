@@ -1,6 +1,6 @@
 """How to build a layer here: dtype, device, weight format, and which rank this is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,10 @@ class LayerFactory:
     device: torch.device | str = "cpu"
     fmt: WeightFormat = Dense()
     tp: Group = SOLO
+
+    def whole(self) -> "LayerFactory":
+        """The same for a part that is small: every rank has all of it, and it is not quantized."""
+        return replace(self, fmt=Dense(), tp=SOLO)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.nn.Parameter:
         data = torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)

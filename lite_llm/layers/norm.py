@@ -23,3 +23,15 @@ class RMSNorm(nn.Module):
 
     def load(self, name: str, tensor: Tensor, part: str = "") -> int:
         return fill(self.weight, tensor)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, make: LayerFactory, width: int, eps: float):
+        super().__init__()
+        self.weight, self.bias, self.eps = make.empty(width), make.empty(width), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def load(self, name: str, tensor: Tensor, part: str = "") -> int:
+        return fill(getattr(self, name), tensor)

@@ -3,6 +3,7 @@
 They differ in facts of the checkpoint (biases, QK norm, windows, RoPE scaling), not in the graph.
 """
 
+import torch
 from torch import Tensor, nn
 
 from lite_llm.batch import Batch, KVPool
@@ -126,6 +127,8 @@ class Llama(nn.Module):
     def forward(self, batch: Batch, kv: KVPool) -> Tensor:
         """Logits [N, vocab] of the tokens at `batch.logits_at`; K and V of all tokens go to their slots."""
         x = self.embed(batch.tokens)
+        if batch.features is not None:
+            x = torch.where(batch.pictured[:, None], batch.features, x)
         following = [*(block.attn.qkv for block in self.blocks[1:]), self.head]
         for block, ahead in zip(self.blocks, following, strict=True):
             x = block(x, batch, kv, self.rope, ahead)

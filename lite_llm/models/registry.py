@@ -11,6 +11,8 @@ MODELS = {
     "MistralForCausalLM": "llama:Llama",
     "Qwen2ForCausalLM": "llama:Llama",
     "Qwen3ForCausalLM": "llama:Llama",
+    "LlavaForConditionalGeneration": "llava:Llava",
+    "LlavaNextForConditionalGeneration": "llava:Llava",
 }
 
 

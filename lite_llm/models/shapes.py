@@ -26,7 +26,18 @@ def shape_names() -> list[str]:
 
 
 def _tiny(config: Config) -> Config:
-    """Two layers, 128 to 256 wide, at most two KV heads, 512 tokens and 1,024 positions."""
+    """Two layers, 128 to 256 wide, at most two KV heads, 512 tokens and 1,024 positions; tiles of 16 patches."""
+    if "text_config" in config:
+        vision = config["vision_config"]
+        head_dim, grid = vision["hidden_size"] // vision["num_attention_heads"], 4 * vision["patch_size"]
+        small = {"hidden_size": 2 * head_dim, "intermediate_size": 8 * head_dim, "num_attention_heads": 2}
+        small |= {"num_hidden_layers": 3, "image_size": grid}
+        tiny = {**config, "text_config": _tiny(config["text_config"]), "vision_config": {**vision, **small}}
+        shrunk = {"image_token_index": 2, "image_seq_length": 16}
+        if "image_grid_pinpoints" in config:
+            sizes = [[side // vision["image_size"] * grid for side in size] for size in config["image_grid_pinpoints"]]
+            shrunk["image_grid_pinpoints"] = sizes
+        return {**tiny, **shrunk}
     heads, kv_heads, hidden = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
     few, positions = min(kv_heads, 2), 1024
     step = 16 * few * (heads // kv_heads)  # transformers wants a multiple of the heads, kernels one of 16
@@ -172,6 +183,43 @@ def _qwen3(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, **fact
     return _qwen2(layers, hidden, ffn, heads, kv_heads, **{**own, **facts})
 
 
+def _llava(text: Config, **facts: Any) -> Config:
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": {**text, "vocab_size": 32064},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "projection_dim": 768,
+        },
+        "image_token_index": 32000,
+        "image_seq_length": 576,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "dtype": text["dtype"],
+        **facts,
+    }
+
+
+def _llava_next(text: Config) -> Config:
+    return _llava(
+        text,
+        architectures=["LlavaNextForConditionalGeneration"],
+        model_type="llava_next",
+        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    )
+
+
 _ALIASES = {"tinyllama": "tinyllama-1.1b", "mistral-7b": "mistral-7b-v0.3"}
 
 _SHAPES: dict[str, Config] = {
@@ -196,4 +244,7 @@ _SHAPES: dict[str, Config] = {
     "qwen3-1.7b": _qwen3(28, 2048, 6144, 16, 8),
     "qwen3-4b": _qwen3(36, 2560, 9728, 32, 8),
     "qwen3-8b": _qwen3(36, 4096, 12288, 32, 8, tie_word_embeddings=False),
+    "llava-1.5-7b": _llava(_llama2(32, 4096, 11008, 32, 32)),
+    "llava-1.5-13b": _llava(_llama2(40, 5120, 13824, 40, 40)),
+    "llava-1.6-mistral-7b": _llava_next(_mistral(32064, 1000000.0, None)),
 }

@@ -31,6 +31,7 @@ class Case:
     decodes: int
     scale: float
     window: int | None
+    causal: bool = True
 
     def run(self, op=attend) -> Tensor:
         return op(**vars(self))
@@ -78,7 +79,7 @@ def exact(c: Case) -> Tensor:
         scores = torch.einsum("qhd,khd->hqk", c.q[begin:end].double(), k) * c.scale
         key = torch.arange(length, device=c.q.device)
         query = torch.arange(length - (end - begin), length, device=c.q.device)[:, None]
-        seen = (key <= query) & (key > query - (c.window or length + 1))
+        seen = (key <= query) & (key > query - (c.window or length + 1)) | (not c.causal)
         weights = scores.masked_fill(~seen, -INF).softmax(-1).nan_to_num(0.0)
         out[begin:end] = torch.einsum("hqk,khd->qhd", weights, v)
     return out
@@ -115,6 +116,38 @@ def test_chunks_over_any_prefix(dtype):
 def test_every_chunk_over_every_prefix(dtype, prefix):
     new = [1, 2, 16, 17, 129, 1000]
     check(case([n + prefix for n in new], new, heads=8, head_dim=64, dtype=dtype, decodes=0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 80])
+def test_every_token_sees_all_keys_without_causal(head_dim, dtype):
+    """As many new tokens as keys, fewer, more, one, none; with lengths around the tiles' edges."""
+    for heads, kv_heads in ((2, 2), (4, 2)):
+        lengths, new = [1, 16, 17, 64, 65, 130, 40, 9, 0, 3], [1, 16, 17, 64, 65, 130, 7, 1, 2, 5]
+        c = case(lengths, new, heads, kv_heads, head_dim, dtype, decodes=0)
+        c.causal = False
+        check(c)
+
+
+def test_a_request_is_the_same_to_the_bit_in_any_batch_without_causal():
+    c = replace(case([65, 3, 130, 1], [65, 3, 130, 1], decodes=0), causal=False)
+    got = c.run()
+    for b in range(4):
+        assert torch.equal(got[c.q_start[b] : c.q_start[b + 1]], c.alone(b).run()), b
+
+
+@GPU
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 112, 128, 256])
+def test_pictures_of_577_patches(head_dim):
+    for dtype in DTYPES:
+        check(replace(case([577] * 5, [577] * 5, 4, 4, head_dim, dtype, decodes=0), causal=False))
+
+
+def test_without_causal_there_is_neither_a_window_nor_a_decode():
+    c = replace(case([9, 8]), causal=False)
+    for wrong, name in ((c, "decodes"), (replace(c, decodes=0, window=4), "window")):
+        with pytest.raises(ValueError, match=name):
+            wrong.run()
 
 
 @pytest.mark.parametrize("window", [1, 5, 16, 33, 64, 1000])

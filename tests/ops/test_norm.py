@@ -39,6 +39,29 @@ def test_add_updates_the_residual(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_layer_norm(shape, mean, dtype):
+    """Also of rows whose mean is far from zero."""
+    x, weight = inputs(shape, dtype)
+    x, bias = x + mean, torch.randn(shape[-1]).to(DEVICE, dtype)
+    want = torch.nn.functional.layer_norm(x.double(), weight.shape, weight.double(), bias.double(), 1e-5)
+    assert_close(kernels.layer_norm(x, weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_of_extreme_rows(dtype):
+    x, weight = inputs((5, 896), dtype)
+    for row, value in enumerate((0.0, 1e-30, 60000.0)):
+        x[row] = value
+    x[3, 7], x[4, 7] = float("inf"), float("nan")
+    bias = torch.randn(896).to(DEVICE, dtype)
+    got, want = (package.layer_norm(x, weight, bias, 1e-5) for package in (kernels, reference))
+    assert torch.equal(got.isnan(), want.isnan())
+    torch.testing.assert_close(got[:3], bias.expand(3, -1), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_rows(dtype):
     """Zeros, tiny, the largest of fp16, one huge value, Inf, NaN: what fp32 can hold comes out finite."""
     x, weight = inputs((6, 896), dtype)
@@ -57,17 +80,22 @@ def test_a_row_does_not_depend_on_its_batch():
     whole = kernels.rms_norm(x, weight, 1e-6)
     for batch in BATCHES:
         assert torch.equal(kernels.rms_norm(x[-batch:], weight, 1e-6), whole[-batch:])
+    whole = kernels.layer_norm(x, weight, weight, 1e-6)
+    for batch in BATCHES:
+        assert torch.equal(kernels.layer_norm(x[-batch:], weight, weight, 1e-6), whole[-batch:])
 
 
 def test_columns_of_a_wider_tensor():
     x, weight = inputs((5, 300), torch.float32)
     part, weight = x[:, 100:228], weight[100:228]
     assert_close(kernels.rms_norm(part, weight, 1e-6), reference.rms_norm(part, weight, 1e-6))
+    assert_close(kernels.layer_norm(part, weight, weight, 1e-6), reference.layer_norm(part, weight, weight, 1e-6))
 
 
 def test_nothing_gives_nothing():
     x, weight = inputs((0, 64), torch.float32)
     assert kernels.rms_norm(x, weight, 1e-6).shape == (0, 64)
+    assert kernels.layer_norm(x, weight, weight, 1e-6).shape == (0, 64)
     assert kernels.add_rms_norm_(x, x.clone(), weight, 1e-6).shape == (0, 64)
 
 
@@ -83,6 +111,10 @@ def test_wrong_arguments_are_named():
     ]:
         with pytest.raises(ValueError, match=match):
             kernels.rms_norm(*wrong)
+        with pytest.raises(ValueError, match=match):
+            kernels.layer_norm(wrong[0], wrong[1], weight[: wrong[0].shape[-1]], wrong[2])
+    with pytest.raises(ValueError, match="bias: shape"):
+        kernels.layer_norm(x, weight, weight[:32], 1e-6)
     with pytest.raises(ValueError, match="x: shape"):
         kernels.add_rms_norm_(x, x[:2], weight, 1e-6)
 

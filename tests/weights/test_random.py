@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lite_llm.config import HFConfig
 from lite_llm.errors import UsageError
@@ -14,6 +14,7 @@ from lite_llm.weights.random import hf_shapes, random_hf_tensors
 from tests.weights.tiny import bits, build, config_of, same, write
 
 TINY = [name for name in shape_names() if name.startswith("tiny-")]
+TEXTS = [name for name in TINY if "llava" not in name]
 PARAMETERS = {  # in millions, as the model cards state them
     "llama-3.2-1b": 1236,
     "llama-3.2-3b": 3213,
@@ -32,6 +33,9 @@ PARAMETERS = {  # in millions, as the model cards state them
     "qwen3-1.7b": 1721,
     "qwen3-4b": 4022,
     "qwen3-8b": 8191,
+    "llava-1.5-7b": 7063,
+    "llava-1.5-13b": 13351,
+    "llava-1.6-mistral-7b": 7567,
 }
 
 
@@ -39,7 +43,7 @@ PARAMETERS = {  # in millions, as the model cards state them
 def test_every_shape_is_a_config_that_we_read(name):
     config, cfg = shape_config(name), registry.parse(HFConfig(shape_config(name)))
     assert (cfg.num_layers, cfg.hidden, cfg.vocab) == tuple(
-        config[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size")
+        config.get("text_config", config)[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size")
     )
 
 
@@ -69,7 +73,7 @@ def test_an_unknown_shape_lists_the_known_ones():
         shape_config("gpt-5")
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", TEXTS)
 def test_transformers_loads_what_we_make_up(name, tmp_path):
     directory = write(tmp_path / "model", shape_config(name))
     model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
@@ -80,6 +84,23 @@ def test_transformers_loads_what_we_make_up(name, tmp_path):
     load_weights(ours, open_checkpoint(directory), rules)
     assert torch.equal(ours.head.weight, model.lm_head.weight)
     assert torch.equal(ours.blocks[1].mlp.down.weight, model.model.layers[1].mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in TEXTS])
+def test_transformers_loads_what_we_make_up_of_pictures(name, tmp_path):
+    config = shape_config(name)
+    directory = write(tmp_path / "model", config)
+    model, info = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    size = config["vision_config"]["image_size"]
+    ours, rules = build(directory, torch.float32)
+    load_weights(ours, open_checkpoint(directory), rules)
+    pixels, sizes = torch.randn(3, 3, size, size), [(2 * size, size)] if "1.6" in name else [(size, size)] * 3
+    with torch.no_grad():
+        got = torch.cat(ours.encode(pixels, sizes))
+        more = {"image_sizes": torch.tensor(sizes)} if "1.6" in name else {}
+        want = torch.cat(model.float().get_image_features(pixels, **more).pooler_output)
+    assert 0.1 < want.std() < 3 and (got - want).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen2.5-7b", "qwen3-8b"])

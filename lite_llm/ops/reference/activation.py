@@ -9,3 +9,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate.float()).to(up.dtype) * up
+
+
+def gelu(x: Tensor, quick: bool = False) -> Tensor:
+    """`x * Phi(x)` by the error function (arXiv 1606.08415), or CLIP's cheap form of it, `x * sigmoid(1.702 * x)`.
+
+    Computed in fp32 and rounded once.
+    """
+    wide = x.float()
+    return (wide * (1.702 * wide).sigmoid() if quick else F.gelu(wide)).to(x.dtype)

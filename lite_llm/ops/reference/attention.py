@@ -26,6 +26,7 @@ def attend(
     decodes: int,
     scale: float,
     window: int | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """Causal attention of each request's new tokens over all its cached tokens, these included.
 
@@ -35,6 +36,9 @@ def attend(
     h // (heads // kv_heads). The first `decodes` requests own exactly one token each; the op's result does not depend
     on it, its choice of kernel does. `window` limits each token to its last `window` positions, itself included.
     A request with kv_len 0 gets zeros. Returns [T, heads, head_dim] in q's dtype; softmax and sums in fp32.
+
+    Without `causal` every new token sees all kv_len cached tokens, as in an encoder: then there may be no window, and
+    `decodes` is 0.
     """
     out = torch.zeros_like(q)
     groups = q.shape[1] // k_pool.shape[1]
@@ -51,6 +55,7 @@ def attend(
         visible = key <= query
         if window is not None:
             visible &= key > query - window
-        scores.masked_fill_(~visible, float("-inf"))
+        if causal:
+            scores.masked_fill_(~visible, float("-inf"))
         out[tokens] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
     return out

@@ -1,4 +1,4 @@
-"""Causal attention over single-token slots: flash attention here, flash-decoding for one-token requests in decode.py.
+"""Attention over single-token slots: flash attention here, flash-decoding for one-token requests in decode.py.
 
 Both run on ragged batches without padding and read every length on the device, so a graph can replay them.
 """
@@ -52,19 +52,20 @@ def attend(
     decodes: int,
     scale: float,
     window: int | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    _check(q, k_pool, v_pool, table, rows, q_start, kv_len, decodes, scale, window)
+    _check(q, k_pool, v_pool, table, rows, q_start, kv_len, decodes, scale, window, causal)
     out = torch.empty_like(q)
     if decodes:
         decode(q, k_pool, v_pool, out, table, rows, kv_len, decodes, scale, window)
     if len(q) > decodes:
-        _advance(q, k_pool, v_pool, out, table, rows, q_start, kv_len, decodes, scale, window)
+        _advance(q, k_pool, v_pool, out, table, rows, q_start, kv_len, decodes, scale, window, causal)
     return out
 
 
 def _advance(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, out: Tensor, table: Tensor, rows: Tensor, q_start: Tensor,
-    kv_len: Tensor, decodes: int, scale: float, window: int | None,
+    kv_len: Tensor, decodes: int, scale: float, window: int | None, causal: bool,
 ) -> None:  # fmt: skip
     """Write the rows of `out` from `decodes` on: those of the other requests, and zeros where no request owns one."""
     tokens, heads, head_dim = q.shape
@@ -77,14 +78,14 @@ def _advance(
         q, k_pool, v_pool, out, table, rows, q_start, kv_len,
         table.stride(0), decodes, requests, tokens, scale, window or 0,
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, WIDE=triton.next_power_of_2(head_dim),
-        WINDOWED=window is not None, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
+        WINDOWED=window is not None, CAUSAL=causal, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
         num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
 
 
 def _check(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, rows: Tensor, q_start: Tensor, kv_len: Tensor,
-    decodes: int, scale: float, window: int | None,
+    decodes: int, scale: float, window: int | None, causal: bool,
 ) -> None:  # fmt: skip
     """A kernel reads whatever its pointers say, so anything it cannot read right is refused here, by name."""
     for name, t, dims in (("q", q, 3), ("k_pool", k_pool, 3), ("table", table, 2), ("rows", rows, 1)):
@@ -107,6 +108,10 @@ def _check(
         raise ValueError(f"decodes: {decodes}; expected 0 to {min(requests, tokens)}")
     if window is not None and window < 1:
         raise ValueError(f"window: {window}; expected at least 1, or None")
+    if not causal and window is not None:
+        raise ValueError(f"window: {window}; expected None without causal")
+    if not causal and decodes:
+        raise ValueError(f"decodes: {decodes}; expected 0 without causal")
     if not scale > 0:
         raise ValueError(f"scale: {scale}; expected more than 0")
 
@@ -114,17 +119,18 @@ def _check(
 def aot_cases(capability: int) -> list[AotCase]:
     sizes = [(d, "bf16", 4, w) for d in HEAD_DIMS for w in (False, True)] + [(d, "fp32", 4, True) for d in HEAD_DIMS]
     sizes += [(128, "fp16", 4, False)] + [(128, "bf16", g, True) for g in (1, 2, 3, 5, 7, 8, 16)]
+    sizes += [(d, "bf16", 1, False, False) for d in HEAD_DIMS] + [(d, "fp32", 1, False, False) for d in (64, 80)]
     return [_case(capability, *size) for size in sizes]
 
 
-def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool) -> AotCase:
+def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool, causal: bool = True) -> AotCase:
     shape = tiles(head_dim, 4 if dtype == "fp32" else 2, windowed, capability)
     kinds = dict.fromkeys(("q", "k_pool", "v_pool", "out"), f"*{dtype}") | {"scale": "fp32"}
     kinds |= dict.fromkeys(("table", "rows", "q_start", "kv_len"), "*i32")
     kinds |= dict.fromkeys(("table_stride", "decodes", "requests", "tokens", "window"), "i32")
     constants = {"KV_HEADS": 8, "GROUP": group, "HEAD_DIM": head_dim, "WIDE": triton.next_power_of_2(head_dim)}
-    constants |= {"WINDOWED": windowed, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
-    name = f"attend-{dtype}-d{head_dim}-g{group}" + "-window" * windowed
+    constants |= {"WINDOWED": windowed, "CAUSAL": causal, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
+    name = f"attend-{dtype}-d{head_dim}-g{group}" + "-window" * windowed + "-all" * (not causal)
     unaligned = dict.fromkeys(("table", "rows", "q_start", "kv_len"), 1)
     return AotCase(
         name, _attend_kernel, kinds, constants, unaligned, shape.num_warps, shape.num_stages, SHARED[capability]
@@ -139,7 +145,7 @@ def _attend_kernel(
     q, k_pool, v_pool, out, table, rows, q_start, kv_len,
     table_stride, decodes, requests, tokens, scale, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M (token, head) pairs of one request: the heads are those of one KV head, which share its keys.
 
@@ -180,6 +186,10 @@ def _attend_kernel(
     position = length - (end - begin) + row // GROUP
     first_position = length - (end - begin) + first_row // GROUP
     last_position = length - (end - begin) + (tl.minimum(first_row + BLOCK_M, count) - 1) // GROUP
+    if not CAUSAL:  # every row sees what the last one sees
+        position = tl.full([BLOCK_M], length - 1, tl.int32)
+        first_position = length - 1
+        last_position = length - 1
 
     # Keys [start, edge) and [middle, stop) need masks, as some rows do not see them; keys [edge, middle) need none.
     start, edge, stop = 0, 0, last_position + 1

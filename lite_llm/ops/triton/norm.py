@@ -1,4 +1,4 @@
-"""RMS norm, plain and with the residual add fused in. One program per row; a row is one block of registers."""
+"""RMS norm, plain or with the residual add fused in; layer norm. A program per row, in one block of registers."""
 
 import torch
 import triton
@@ -22,10 +22,7 @@ def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Te
 
 
 def _launch(residual: Tensor, x: Tensor, weight: Tensor, eps: float, *, add: bool) -> Tensor:
-    width = x.shape[-1]
-    if not 1 <= width <= MAX_WIDTH:
-        raise ValueError(f"x: width {width}; expected 1 to {MAX_WIDTH}")
-    check("x", x, dtype=FLOATS, contiguous=False)
+    width = _width(x)
     check("weight", weight, shape=(width,), dtype=x.dtype, like=x)
     x_stride, residual_stride = row_stride("x", x), row_stride("residual", residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -37,6 +34,28 @@ def _launch(residual: Tensor, x: Tensor, weight: Tensor, eps: float, *, add: boo
             num_warps=num_warps, launch_pdl=dependent,
         )  # fmt: skip
     return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    width = _width(x)
+    check("weight", weight, shape=(width,), dtype=x.dtype, like=x)
+    check("bias", bias, shape=(width,), dtype=x.dtype, like=x)
+    stride = row_stride("x", x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if rows := x.numel() // width:
+        block, num_warps = _blocks(width)
+        dependent = pdl(x.device)
+        _layer_norm_kernel[(rows,)](
+            x, weight, bias, out, width, stride, eps, block, dependent, num_warps=num_warps, launch_pdl=dependent
+        )
+    return out
+
+
+def _width(x: Tensor) -> int:
+    if not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"x: width {x.shape[-1]}; expected 1 to {MAX_WIDTH}")
+    check("x", x, dtype=FLOATS, contiguous=False)
+    return x.shape[-1]
 
 
 def _blocks(width: int) -> tuple[int, int]:
@@ -67,6 +86,22 @@ def _rms_norm_kernel(
     tl.store(out + row * width + col, (h.to(dtype).to(tl.float32) * w.to(tl.float32)).to(dtype), mask)
 
 
+@triton.jit(do_not_specialize=["eps"])
+def _layer_norm_kernel(x, weight, bias, out, width, stride, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    mask = col < width
+    w = tl.load(weight + col, mask, other=0.0)
+    b = tl.load(bias + col, mask, other=0.0)
+    wait(PDL)
+    release(PDL)
+
+    h = tl.load(x + row * stride + col, mask, other=0.0).to(tl.float32)
+    h = tl.where(mask, h - tl.sum(h) / width, 0.0)  # sums of squares around the mean: far from it they would cancel
+    h = h * tl.rsqrt(tl.sum(h * h) / width + eps) * w.to(tl.float32) + b.to(tl.float32)
+    tl.store(out + row * width + col, h.to(out.dtype.element_ty), mask)
+
+
 def aot_cases(capability: int) -> list[AotCase]:
     def case(dtype: str, width: int, add: bool) -> AotCase:
         block, num_warps = _blocks(width)
@@ -81,4 +116,17 @@ def aot_cases(capability: int) -> list[AotCase]:
             num_warps=num_warps,
         )
 
-    return [case("bf16", 4096, True), case("bf16", MAX_WIDTH, True), case("fp32", 4096, False)]
+    def layer(dtype: str, width: int) -> AotCase:
+        block, num_warps = _blocks(width)
+        return AotCase(
+            name=f"layer_norm {dtype} {width}",
+            kernel=_layer_norm_kernel,
+            signature=dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}")
+            | {"width": "i32", "stride": "i32", "eps": "fp32"},
+            constexprs={"BLOCK": block, "PDL": capability >= 90},
+            attrs={"width": 16, "stride": 16},
+            num_warps=num_warps,
+        )
+
+    layers = [layer("bf16", 1024), layer("bf16", MAX_WIDTH), layer("fp32", 1024)]
+    return [*layers, case("bf16", 4096, True), case("bf16", MAX_WIDTH, True), case("fp32", 4096, False)]
