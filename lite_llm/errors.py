@@ -57,7 +57,7 @@ class BadCheckpoint(LiteLLMError):
 
 
 class SourceProblem(LiteLLMError):
-    """A hub, network, permission or disk problem while fetching a model."""
+    """A hub, network, permission or disk problem while fetching a model or a picture."""
 
     exit_code = 6
     code = "source"

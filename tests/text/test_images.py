@@ -1,0 +1,729 @@
+"""Pictures: right pixels for every odd form, and one clear refusal for whatever is no picture."""
+
+import base64
+import io
+import os
+import random
+import re
+import resource
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from lite_llm.errors import UsageError
+from lite_llm.text.fetch import MOST_BYTES
+from lite_llm.text.headers import MOST_PIXELS, MOST_SIDE, measure
+from lite_llm.text.images import MOST_PICTURES, open_picture, preview, take_pictures
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+QUIET = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow says more than once that EXIF is damaged
+
+
+def photo(width=40, height=30, mode="RGB") -> Image.Image:
+    """Smooth, without symmetry, each corner of its own colour."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    rgb = np.stack([255 * x, 255 * y, 255 * (1 - x) * (1 - y)], -1).astype(np.uint8)
+    return Image.fromarray(rgb).convert(mode)
+
+
+def encoded(image, kind="PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(picture) -> np.ndarray:
+    return np.asarray(picture.image).astype(int)
+
+
+def refused(source) -> str:
+    with pytest.raises(UsageError) as info:
+        open_picture(source)
+    return check_message(info.value)
+
+
+def check_message(error) -> str:
+    message = str(error)
+    assert error.hint and message.isprintable() and len(message) < 300
+    assert not re.search(r"object at|0x[0-9a-f]{4}|\bb'|BytesIO|Traceback", message), message
+    return message
+
+
+# ---- right pixels
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 300), (300, 1), (64, 48), (257, 129), (3, 4000)], ids=str)
+def test_each_format_in_each_shape(kind, size):
+    image = photo(*size)
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}
+    picture = open_picture(encoded(image, kind, **options.get(kind, {})))
+    lossy = 40 if kind in ("JPEG", "GIF") else 0
+    assert picture.size == picture.stored_size == size and picture.image.mode == "RGB" and not picture.notes
+    assert np.abs(pixels(picture) - np.asarray(image).astype(int)).mean() <= lossy / 4
+    assert type(picture.image) is Image.Image
+
+
+ODD = {
+    "grey": (encoded(photo(mode="L")), photo(mode="L"), 0),
+    "black and white": (encoded(photo(mode="1")), photo(mode="1"), 0),
+    "palette": (encoded(photo(mode="P")), photo(mode="P"), 0),
+    "palette of 4": (encoded(photo().quantize(4), bits=2), photo().quantize(4), 0),
+    "interlaced gif": (encoded(photo(mode="P"), "GIF", interlace=1), photo(mode="P"), 0),
+    "opaque alpha": (encoded(photo(mode="RGBA")), photo(), 0),
+    "cmyk jpeg": (encoded(photo(mode="CMYK"), "JPEG", quality=95), photo(), 6),
+    "cmyk tiff": (encoded(photo(mode="CMYK"), "TIFF"), photo(), 0),
+    "grey jpeg": (encoded(photo(mode="L"), "JPEG", quality=95), photo(mode="L"), 4),
+    "progressive": (encoded(photo(), "JPEG", quality=95, progressive=True, subsampling=0), photo(), 6),
+    "webp lossy": (encoded(photo(), "WEBP", quality=95), photo(), 12),
+    **{f"tiff {how}": (encoded(photo(), "TIFF", compression=how), photo(), 0)
+       for how in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "raw")},
+    "tiff g4": (encoded(photo(mode="1"), "TIFF", compression="group4"), photo(mode="1"), 0),
+    "tiff jpeg": (encoded(photo(), "TIFF", compression="jpeg", quality=95), photo(), 12),
+    "bmp of 8 bits": (encoded(photo(mode="P"), "BMP"), photo(mode="P"), 0),
+    "bmp of 1 bit": (encoded(photo(mode="1"), "BMP"), photo(mode="1"), 0),
+    "bmp from the top": (b"", photo(), 0),
+}  # fmt: skip
+
+
+def _bmp_from_the_top() -> bytes:
+    data = bytearray(encoded(photo(), "BMP"))
+    struct.pack_into("<i", data, 22, -30)
+    row = 40 * 3
+    start = struct.unpack_from("<I", data, 10)[0]
+    rows = [data[start + row * y : start + row * (y + 1)] for y in range(30)]
+    return bytes(data[:start]) + b"".join(reversed(rows))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_kinds(name):
+    data, want, lossy = ODD[name]
+    picture = open_picture(data or _bmp_from_the_top())
+    assert np.abs(pixels(picture) - np.asarray(want.convert("RGB")).astype(int)).max() <= lossy
+    assert not picture.notes and picture.size == (40, 30)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_and_not_clipped(kind):
+    values = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype(np.uint16)
+    picture = open_picture(encoded(Image.fromarray(values), kind))
+    assert np.abs(pixels(picture)[..., 0] - values / 257).max() <= 0.5
+    assert picture.stored_mode.startswith("I") and not picture.notes
+
+
+def test_sixteen_bits_of_the_other_byte_order():
+    values = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype(">u2")
+    image = Image.frombytes("I;16B", (40, 30), values.tobytes())
+    picture = open_picture(encoded(image, "TIFF"))
+    assert np.abs(pixels(picture)[..., 0] - values.astype(float) / 257).max() <= 0.5
+
+
+def test_sixteen_bits_of_colour():
+    rows = b"".join(b"\0" + struct.pack(">6H", 0, 32768, 65535, 257, 514, 771) for _ in range(2))
+    data = png(2, 2, 16, 2, rows)
+    assert pixels(open_picture(data))[0].tolist() == [[0, 128, 255], [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    "low, high, noted", [(0, 1, False), (0, 200, False), (-5, 5, True), (0, 1e9, True), (7, 7, False)]
+)
+def test_floats(low, high, noted):
+    values = np.linspace(low, high, 40 * 30, dtype=np.float32).reshape(30, 40)
+    picture = open_picture(encoded(Image.fromarray(values), "TIFF"))
+    assert bool(picture.notes) == noted
+    if noted or high == 1:
+        assert pixels(picture).min() == 0 and pixels(picture).max() == 255
+
+
+def test_floats_that_are_no_numbers():
+    values = np.full((4, 4), np.nan, np.float32)
+    values[0] = [np.inf, -np.inf, 3e38, -3e38]
+    open_picture(encoded(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.parametrize(
+    "name", ["rgba", "la", "palette", "palette bytes", "rgb key", "grey key", "gif", "webp", "tiff"]
+)
+def test_what_is_transparent_is_white(name):
+    clear = photo(mode="RGBA")
+    clear.putalpha(Image.fromarray(np.repeat(np.array([[0] * 20 + [255] * 20], np.uint8), 30, 0)))
+    solid = {"rgba": "RGBA", "webp": "RGBA", "tiff": "RGBA"}.get(name)
+    if solid:
+        data = encoded(clear, "PNG" if name == "rgba" else name, **({"lossless": True} if name == "webp" else {}))
+    elif name == "la":
+        data = encoded(clear.convert("LA"))
+    elif name in ("palette", "palette bytes", "gif"):
+        flat = Image.fromarray(np.repeat(np.array([[0] * 20 + [1] * 20], np.uint8), 30, 0)).convert("P")
+        flat.putpalette([9, 9, 9, 200, 100, 50])
+        data = encoded(flat, "GIF" if name == "gif" else "PNG", transparency=b"\0\xff" if "bytes" in name else 0)
+    else:
+        flat = Image.new("RGB" if name == "rgb key" else "L", (40, 30), 0)
+        flat.paste((9, 9, 9) if name == "rgb key" else 9, (20, 0, 40, 30))
+        data = encoded(flat, transparency=(0, 0, 0) if name == "rgb key" else 0)
+    picture = open_picture(data)
+    assert (pixels(picture)[:, :20] == 255).all() and (pixels(picture)[:, 20:] != 255).any()
+    assert picture.notes == ("alpha laid on white",)
+
+
+def test_half_transparent_is_half_white():
+    assert pixels(open_picture(encoded(Image.new("RGBA", (1, 1), (100, 0, 200, 128)))))[0, 0].tolist() == [
+        177,
+        127,
+        227,
+    ]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_turns_once(kind, orientation):
+    image, exif = photo(), Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
+    data = encoded(image, kind, exif=exif, **options)
+    picture = open_picture(data)
+    if kind == "TIFF":  # stored pixels are the same for each
+        want = image
+        want.getexif()[0x0112] = orientation
+        want = ImageOps.exif_transpose(want)
+    else:
+        want = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert picture.size == ((30, 40) if orientation in (5, 6, 7, 8) else (40, 30))
+    assert picture.stored_size == (40, 30)
+    assert np.abs(pixels(picture) - np.asarray(want.convert("RGB")).astype(int)).max() <= (8 if kind == "JPEG" else 0)
+    assert picture.notes == ((f"turned by EXIF {orientation}",) if 2 <= orientation <= 8 else ())
+
+
+@QUIET
+def test_broken_or_huge_exif_turns_nothing():
+    plain = pixels(open_picture(encoded(photo())))
+    for exif in (b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nonsense", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\1"):
+        assert (pixels(open_picture(encoded(photo(), exif=exif))) == plain).all()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x9C9E] = 6, b"x" * (2 << 20)
+    assert open_picture(encoded(photo(), exif=exif)).size == (40, 30)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_of_many_frames(kind):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    picture = open_picture(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+    assert pixels(picture)[0, 0].tolist() == [255, 0, 0] and picture.notes == ("first of 3 frames",)
+
+
+def test_frames_of_a_large_gif_are_not_counted():
+    noise = [Image.fromarray(np.random.default_rng(n).integers(0, 255, (700, 900), dtype=np.uint8)) for n in range(3)]
+    picture = open_picture(encoded(noise[0], "GIF", save_all=True, append_images=noise[1:]))
+    assert picture.notes == ("first of several frames",)
+
+
+def test_a_photo_with_more_behind_it_is_one_photo():
+    data = encoded(photo(), "MPO", save_all=True, append_images=[photo(8, 8)])
+    assert open_picture(data).size == (40, 30) and not open_picture(data).notes
+
+
+# ---- sources
+
+
+def test_all_sources_give_the_same_picture(tmp_path, monkeypatch):
+    data = encoded(photo())
+    path = tmp_path / "ünï 画像 🙂.jpg"  # the name does not say what it is
+    path.write_bytes(data)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+
+    class Fetched:
+        def fetch(self, url):
+            return data
+
+    sources = [data, bytearray(data), memoryview(data), path, str(path), f"~/{path.name}", url, "DATA" + url[4:],
+               url.replace("image/png", ""), url.replace("image/png", "image/jpeg"),
+               Image.open(path), photo()]  # fmt: skip
+    digests = {open_picture(source).digest for source in sources}
+    digests.add(open_picture("https://example.com/a.png", Fetched()).digest)
+    assert len(digests) == 1
+
+
+def test_urls_are_refused_without_a_fetcher():
+    for url in ("http://example.com/a.png", "https://127.0.0.1/", "HTTP://x/", "file:///etc/passwd", "ftp://x/y"):
+        assert "not fetched here" in refused(url)
+
+
+def test_the_digest_is_of_pixels_and_shape():
+    one = open_picture(photo())
+    assert one.digest == open_picture(encoded(photo(), "BMP")).digest
+    flat = Image.new("RGB", (6, 4))
+    shapes = [open_picture(flat), open_picture(Image.new("RGB", (4, 6)))]
+    shapes += [open_picture(Image.new("RGB", size)) for size in ((24, 1), (1, 24), (12, 2))]
+    assert len({picture.digest for picture in shapes}) == 5
+    dot = photo()
+    dot.putpixel((3, 3), (1, 2, 3))
+    assert open_picture(dot).digest != one.digest
+
+
+def test_a_picture_of_pillow_is_left_alone():
+    image = photo(mode="P")
+    before = image.copy()
+    picture = open_picture(image)
+    picture.image.putpixel((0, 0), (9, 9, 9))
+    assert image == before
+    rgb = photo()
+    assert open_picture(rgb).image is not rgb
+
+
+def test_a_file_that_pillow_opened_is_decoded_only_if_we_would(tmp_path):
+    photo().save(tmp_path / "a.ppm")
+    photo().save(tmp_path / "a.png")
+    assert "PPM" in refused(Image.open(tmp_path / "a.ppm"))
+    assert open_picture(Image.open(tmp_path / "a.png")).size == (40, 30)
+    assert open_picture(Image.open(tmp_path / "a.ppm").convert("RGB")).size == (40, 30)
+    (tmp_path / "cut.png").write_bytes(encoded(photo(400, 300))[:500])
+    assert "cannot be decoded" in refused(Image.open(tmp_path / "cut.png"))
+    assert "nothing to see" in refused(Image.new("RGB", (0, 7)))
+
+
+@pytest.mark.parametrize(
+    "source", [None, 3, 2.5, [], {}, np.zeros((3, 3, 3)), object()], ids=lambda s: type(s).__name__
+)
+def test_what_is_no_source(source):
+    assert type(source).__name__ in refused(source)
+
+
+# ---- files
+
+
+def test_files_that_are_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "sparse.png").touch()
+    os.truncate(tmp_path / "sparse.png", MOST_BYTES + 1)
+    for path, said in [
+        (tmp_path / "missing.png", "no such file"), (tmp_path, "directory"), (tmp_path / "pipe.png", "not a file"),
+        ("/dev/zero", "not a file"), ("/dev/null", "not a file"), (tmp_path / "loop.png", "cannot be read"),
+        (tmp_path / "empty.png", "nothing"), (tmp_path / "sparse.png", "33,554,433 bytes"), ("a\0b", "not a path"),
+        ("", "directory"), ("x" * 5000, "cannot be read"), (tmp_path / "empty.png" / "inside", "cannot be read"),
+        ("~nobody-of-this-name/a.png", "not a path"), ("\ud800.png", ""), ("\x1b[31mred\n.png", "no such file"),
+    ]:  # fmt: skip
+        assert said in refused(path)
+
+
+def test_a_file_without_permission(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encoded(photo()))
+
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert "may not be read" in refused(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("data, said", [
+    (b"Hello, I am no picture.\n" * 9, "text"), ("Grüße".encode() * 99, "text"), (b"<html><body>", "text"),
+    (b'<?xml version="1.0"?>\n<svg xmlns="x">', "SVG"), (b"<svg>", "SVG"), (b"%PDF-1.7\n", "PDF"),
+    (b"PK\x03\x04\0\0", "zip"), (b"\0\0\0\x18ftypheic\0\0", "HEIC"), (b"\0\0\0\x18ftypmif1\0", "HEIC"),
+    (b"\0\0\0\x18ftypavif\0", "AVIF"), (b"\0\0\0\x18ftypmp42\0", "video"), (b"\x1f\x8b\x08", "gzip"),
+    (b"\x7fELF\x02\x01\0", "unknown"), (b"II+\0\x08\0\0\0", "BigTIFF"), (b"", "nothing"), (b"\0" * 99, "unknown"),
+    (encoded(photo(), "PPM"), ""), (encoded(photo(), "ICO"), "unknown"), (encoded(photo(), "TGA"), ""),
+    (encoded(photo(), "JPEG2000"), "unknown"), (encoded(photo(), "PCX"), "unknown"), (encoded(photo(), "EPS"), ""),
+    (encoded(photo(), "PDF"), "PDF"), (encoded(photo(), "DDS"), "unknown"), (encoded(photo(), "SGI"), "unknown"),
+])  # fmt: skip
+def test_other_data_is_named(tmp_path, data, said):
+    (tmp_path / "photo.png").write_bytes(data)
+    message = refused(tmp_path / "photo.png")
+    assert said in message and "photo.png" in message and "expected a picture" in message
+
+
+# ---- data URLs
+
+
+@pytest.mark.parametrize("url, said", [
+    ("data:image/png;base64,", "nothing"), ("data:image/png;base64", "not in base64"), ("data:", "not in base64"),
+    ("data:,x", "not in base64"), ("data:image/png,abc", "not in base64"), ("data:image/png;base64;x,AAAA", "not in"),
+    ("data:text/html;base64,AAAA", "text/html"), ("data:application/pdf;base64,AAAA", "pdf"),
+    ("data:image/png;base64,AA AA", "whole base64"), ("data:image/png;base64,AAA", "whole base64"),
+    ("data:image/png;base64,AAAA\n", "whole base64"), ("data:image/png;base64,AA==AA==", "whole base64"),
+    ("data:image/png;base64,-_-_", "whole base64"), ("data:image/png;base64,ÄÖÜß", "whole base64"),
+    ("data:image/png;base64,=AAA", "whole base64"), ("data:image/png;base64,\ud800AAA", "whole base64"),
+    ("data:image/png;base64,AAAA", "unknown data"), ("data:image/png;base64,SGVsbG8gd29ybGQ=", "text"),
+    ("data:" + "x" * 5000 + ";base64,AAAA", "not in base64"), ("data:image/\x1b[1m;base64,AAAA", ""),
+])  # fmt: skip
+def test_data_urls_that_hold_no_picture(url, said):
+    assert said in refused(url)
+
+
+def test_a_huge_data_url_is_refused_before_it_is_copied():
+    url, start = "data:image/png;base64," + "A" * 100_000_000, time.process_time()
+    assert "bytes" in refused(url)
+    assert time.process_time() - start < 0.05
+
+
+# ---- bombs
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, bits, colour, rows, extra=b"") -> bytes:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + extra + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+
+
+def webp_of(width, height) -> bytes:
+    data = bytearray(encoded(photo(mode="RGBA"), "WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"))
+    assert data[12:16] == b"VP8X"
+    data[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return bytes(data)
+
+
+def webp_simple_of(kind, width, height) -> bytes:
+    data = bytearray(encoded(photo(), "WEBP", lossless=kind == b"VP8L"))
+    assert data[12:16] == kind
+    if kind == b"VP8L":
+        struct.pack_into("<I", data, 21, (width - 1) | (height - 1) << 14)
+    else:
+        struct.pack_into("<HH", data, 26, width, height)
+    return bytes(data)
+
+
+def patched(data: bytes, at: int, form: str, *values) -> bytes:
+    data = bytearray(data)
+    struct.pack_into(form, data, at, *values)
+    return bytes(data)
+
+
+def jpeg_of(width, height) -> bytes:
+    data = encoded(photo(), "JPEG")
+    return patched(data, data.index(b"\xff\xc0") + 5, ">HH", height, width)
+
+
+def tiff_of(width, height) -> bytes:
+    data = bytearray(encoded(photo(), "TIFF"))
+    first = struct.unpack_from("<I", data, 4)[0]
+    for number in range(struct.unpack_from("<H", data, first)[0]):
+        at = first + 2 + 12 * number
+        if struct.unpack_from("<H", data, at)[0] in (256, 257):
+            size = width if struct.unpack_from("<H", data, at)[0] == 256 else height
+            struct.pack_into("<HII", data, at + 2, 4, 1, size)
+    return bytes(data)
+
+
+def gif_of(screen, frame) -> bytes:
+    head = b"GIF89a" + struct.pack("<HH", *screen) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff!\xfe\x03abc\0"
+    return head + b"," + struct.pack("<HHHH", 0, 0, *frame) + b"\0\x02\x02\x4c\x01\0;"
+
+
+BOMBS = {
+    "png 13000": lambda: png(13000, 13000, 1, 0, bytes(13000 * 1626)),
+    "png 13377": lambda: png(13377, 13377, 1, 0, bytes(13377 * 1674)),
+    "png 20000": lambda: png(20000, 20000, 1, 0, bytes(1000)),
+    "png widest": lambda: png(2**31 - 1, 2**31 - 1, 8, 6, b""),
+    "png column": lambda: png(1, MOST_SIDE + 1, 1, 0, bytes(2 * MOST_SIDE + 2)),
+    "jpeg": lambda: jpeg_of(65535, 65535),
+    "webp extended": lambda: webp_of(1 << 24, 1 << 24),
+    "webp lossless": lambda: webp_simple_of(b"VP8L", 16384, 16384),
+    "webp lossy": lambda: webp_simple_of(b"VP8 ", 16383, 16383),
+    "gif screen": lambda: gif_of((65535, 65535), (1, 1)),
+    "gif frame": lambda: gif_of((1, 1), (65535, 65535)),
+    "tiff": lambda: tiff_of(100_000, 100_000),
+    "tiff most": lambda: tiff_of(2**32 - 1, 2**32 - 1),
+    "bmp": lambda: patched(encoded(photo(), "BMP"), 18, "<ii", 30_000, -30_000),
+}
+ITXT = b"k\0\1\0\0\0" + zlib.compress(bytes(100 << 20), 9)
+COMPRESSED = {
+    "png itxt": lambda: png(1, 1, 8, 0, b"\0\0", chunk(b"iTXt", ITXT)),
+    "png iccp": lambda: png(1, 1, 8, 0, b"\0\0", chunk(b"iCCP", b"k\0\0" + ITXT[6:])),
+    "png ztxt": lambda: png(1, 1, 8, 0, b"\0\0", chunk(b"zTXt", b"k\0\0" + ITXT[6:])),
+    "png idat": lambda: png(1, 1, 8, 0, bytes(100 << 20)),
+    "png chunks": lambda: png(1, 1, 8, 0, b"\0\0", chunk(b"tEXt", b"k\0v") * 500_000),
+    "png unknown chunks": lambda: png(1, 1, 8, 0, b"\0\0", chunk(b"abCd", b"") * 2_000_000),
+    "jpeg scans": lambda: _many_scans(),
+    "jpeg segments": lambda: b"\xff\xd8" + b"\xff\xe2\0\2" * 7_000_000 + encoded(photo(), "JPEG")[2:],
+    "gif comment": lambda: (
+        gif_of((1, 1), (1, 1))[:19] + b"!\xfe" + b"\1a" * 12_000_000 + b"\0" + gif_of((1, 1), (1, 1))[19:]
+    ),
+    "tiff values": lambda: _many_values(),
+    "gif frames": lambda: gif_of((1, 1), (1, 1))[:-1] + gif_of((1, 1), (1, 1))[-17:-1] * 60_000 + b";",
+}
+
+
+def _many_scans() -> bytes:
+    data = encoded(Image.new("L", (8000, 8000)), "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    return data[:-2] + data[at:-2] * 60 + data[-2:]
+
+
+def _many_values() -> bytes:
+    data = bytearray(encoded(photo(), "TIFF") + bytes(30 << 20))
+    first = struct.unpack_from("<I", data, 4)[0]
+    for number in range(struct.unpack_from("<H", data, first)[0]):
+        at = first + 2 + 12 * number
+        if struct.unpack_from("<H", data, at)[0] == 273:
+            struct.pack_into("<HII", data, at + 2, 3, 15 << 20, 8)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused_from_their_header(name):
+    data = BOMBS[name]()
+    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    message = refused(data)
+    assert time.process_time() - start < 0.1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 << 10
+    assert "pixels; at most 64,000,000" in message
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_other_bombs_cost_little(name):
+    """Refused, or taken where they do no harm."""
+    data = COMPRESSED[name]()
+    assert len(data) <= MOST_BYTES
+    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    if name in ("png idat", "gif frames"):
+        assert open_picture(data).size == (1, 1)
+    else:
+        refused(data)
+    assert time.process_time() - start < 1.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 160 << 10
+
+
+def test_no_other_decoder_is_asked(monkeypatch):
+    asked = []
+    Image.init()
+    monkeypatch.setitem(Image.OPEN, "EVIL", (lambda *_: asked.append(1), lambda _: True))
+    monkeypatch.setattr(Image, "ID", ["EVIL", *Image.ID])
+    for kind in FORMATS:
+        data = encoded(photo(), kind)
+        open_picture(data)
+        refused(data[: len(data) // 2])
+    assert not asked
+
+
+def test_the_limits_are_exact():
+    assert measure(png(8000, 8000, 1, 0, b""), "it") == ("PNG", 8000, 8000) and MOST_PIXELS == 8000 * 8000
+    with pytest.raises(UsageError):
+        measure(png(8000, 8001, 1, 0, b""), "it")
+    assert open_picture(Image.new("1", (1, MOST_SIDE))).size == (1, MOST_SIDE)
+
+
+def test_no_size_at_all():
+    for data in (png(0, 5, 8, 0, b""), png(5, 0, 8, 0, b""), gif_of((0, 0), (0, 0)), jpeg_of(7, 0), tiff_of(0, 3),
+                 patched(encoded(photo(), "BMP"), 18, "<ii", 0, 0),
+                 patched(encoded(photo(), "BMP"), 18, "<i", -4)):  # fmt: skip
+        assert "nothing to see" in refused(data)
+
+
+# ---- damage
+
+CUT = {
+    "PNG": encoded(photo(90, 70)), "JPEG": encoded(photo(90, 70), "JPEG"), "WEBP": encoded(photo(90, 70), "WEBP"),
+    "progressive": encoded(photo(90, 70), "JPEG", progressive=True),
+    "lossless": encoded(photo(90, 70), "WEBP", lossless=True), "GIF": encoded(photo(90, 70, "P"), "GIF"),
+    "BMP": encoded(photo(90, 70), "BMP"), "TIFF": encoded(photo(90, 70), "TIFF"),
+    "lzw": encoded(photo(90, 70), "TIFF", compression="tiff_lzw"),
+    "interlaced": encoded(photo(90, 70, "P"), "GIF", interlace=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUT)
+@QUIET
+def test_a_file_cut_short_is_refused_or_whole(name):
+    data = CUT[name]
+    want = pixels(open_picture(data))
+    taken = 0
+    for cut in range(50):
+        try:
+            picture = open_picture(data[: len(data) * cut // 50])
+        except UsageError as error:
+            check_message(error)
+        else:
+            taken += 1
+            assert (pixels(picture) == want).all()
+    assert taken < 5
+
+
+def mutations(data: bytes, count: int, seed: int):
+    """Bytes changed, cut out, doubled, and sizes set to their ends."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        bad = bytearray(data)
+        for _ in range(draw.choice((1, 1, 2, 8, 40))):
+            at = draw.randrange(len(bad))
+            match draw.randrange(6):
+                case 0 | 1:
+                    bad[at] = draw.randrange(256)
+                case 2:
+                    bad[at] ^= 1 << draw.randrange(8)
+                case 3:
+                    bad[at : at + 4] = draw.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\1"))
+                case 4:
+                    del bad[at : at + draw.randrange(1, 9)]
+                case 5:
+                    bad[at:at] = bad[at : at + draw.randrange(1, 60)]
+            bad = bad or bytearray(b"\0")
+        yield bytes(bad)
+
+
+@pytest.mark.parametrize("name", CUT)
+@QUIET
+def test_mutated_files_are_refused_or_pictures(name):
+    start, taken, count = time.process_time(), 0, 100
+    for data in mutations(CUT[name], count, seed=17):
+        try:
+            picture = open_picture(data)
+        except UsageError as error:
+            check_message(error)
+        else:
+            taken += 1
+            assert picture.image.mode == "RGB" and min(picture.size) > 0
+            assert pixels(picture).shape == (*picture.size[::-1], 3)
+    assert time.process_time() - start < 10
+    assert taken < count
+
+
+def test_sound_pictures_make_no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for data, *_ in ODD.values():
+            open_picture(data or _bmp_from_the_top())
+
+
+def test_lab_is_converted_or_refused_by_name():
+    image = Image.new("LAB", (4, 4))
+    try:
+        image.convert("RGB")
+    except ValueError:  # Pillow up to 12
+        assert "LAB" in refused(image)
+    else:
+        assert open_picture(image).image.mode == "RGB"
+
+
+# ---- messages
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def test_pictures_are_taken_out_of_messages_in_order():
+    image, data = photo(), encoded(photo())
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *user(text("one"), {"type": "image", "image": image}, text("two"), {"type": "image", "path": "a.png"}),
+        {"role": "assistant", "content": "Fine."},
+        *user({"type": "image_url", "image_url": {"url": "https://x/y.png", "detail": "high"}}, text("three")),
+        *user({"type": "image_url", "image_url": "data:image/png;base64,AA"}, {"type": "image", "url": "HTTP://x/"}),
+        *user({"type": "image", "image": data}),
+        *user({"type": "image", "image": Path("b.png")}),
+    ]
+    kept, sources = take_pictures(messages)
+    assert sources == [
+        image,
+        Path("a.png"),
+        "https://x/y.png",
+        "data:image/png;base64,AA",
+        "HTTP://x/",
+        data,
+        Path("b.png"),
+    ]
+    assert kept[1] == user(text("one"), {"type": "image"}, text("two"), {"type": "image"})[0]
+    assert kept[0] is messages[0] and kept[2] is messages[2]
+    assert messages[1]["content"][1]["image"] is image  # the caller's messages stay as they are
+
+
+@pytest.mark.parametrize("part, said", [
+    ({"type": "video", "video": "x"}, "messages[0].content[0].type = 'video'"),
+    ({"type": "input_image"}, "input_image"),
+    ({"type": "audio"}, "audio"), ({"type": None}, "None"), ({}, "None"), ("text", "None"), (7, "None"), (None, "None"),
+    ({"type": ["image"]}, "['image']"), ({"type": "image"}, "no picture"), ({"type": "image", "b64": "x"}, "'b64'"),
+    ({"type": "image", "image": "a", "url": "http://x"}, "image and url"),
+    ({"type": "image", "url": "a.png"}, "http(s)"), ({"type": "image", "url": 3}, "a int"),
+    ({"type": "image", "path": 3}, "a int"),
+    ({"type": "image_url"}, "NoneType"),
+    ({"type": "image_url", "image_url": {"url": "/etc/passwd"}}, "http(s) or data"),
+    ({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, "http(s) or data"),
+    ({"type": "image_url", "image_url": {}}, "NoneType"), ({"type": "image_url", "image_url": ["x"]}, "a list"),
+    ({"type": "image_url", "image_url": {"url": "http://x", "size": 3}}, "'size'"),
+    ({"type": "image_url", "image_url": "http://x", "image": "a.png"}, "'image'"),
+])  # fmt: skip
+def test_strict_about_parts(part, said):
+    with pytest.raises(UsageError) as info:
+        take_pictures(user(part))
+    assert said in str(info.value) and str(info.value).startswith("messages[0].content[0]")
+
+
+def test_messages_from_a_network_open_no_files():
+    for part in (
+        {"type": "image", "image": "/etc/passwd"},
+        {"type": "image", "path": "a"},
+        {"type": "image", "image": b""},
+    ):
+        with pytest.raises(UsageError, match="not opened"):
+            take_pictures(user(part), local=False)
+    assert take_pictures(user({"type": "image", "url": "http://x"}), local=False)[1] == ["http://x"]
+
+
+def test_the_number_of_pictures_is_limited():
+    part = {"type": "image", "path": "a.png"}
+    assert len(take_pictures(user(*[part] * MOST_PICTURES))[1]) == MOST_PICTURES
+    with pytest.raises(UsageError, match="65 pictures"):
+        take_pictures(user(*[part] * MOST_PICTURES) + user(part))
+
+
+@pytest.mark.parametrize("messages", [None, "hi", 3, {}, [], ["hi"], [None], [{"role": "user"}], [{"content": None}]])
+def test_what_else_is_wrong_is_left_to_the_template(messages):
+    assert take_pictures(messages) == (messages if isinstance(messages, list) else [], [])
+
+
+# ---- previews
+
+
+def shape(drawn):
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", drawn).split("\n")
+    assert plain.pop() == "" and drawn.endswith("\n")
+    assert {len(line) for line in plain} == {len(plain[0])}
+    return len(plain[0]), len(plain)
+
+
+@pytest.mark.parametrize("colour", [True, False])
+@pytest.mark.parametrize("size, box, want", [
+    ((400, 300), (40, 20), (40, 15)), ((300, 400), (40, 20), (30, 20)), ((1, 1), (40, 20), (1, 1)),
+    ((10, 7), (40, 20), (10, 4)), ((1, 4000), (40, 20), (1, 20)), ((4000, 1), (40, 20), (40, 1)),
+    ((9, 9), (1, 1), (1, 1)),
+])  # fmt: skip
+def test_previews_keep_the_shape_within_the_box(size, box, want, colour):
+    assert shape(preview(open_picture(photo(*size)), *box, colour)) == want
+
+
+def test_a_preview_shows_the_colours():
+    image = Image.new("RGB", (1, 3))
+    for y, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
+        image.putpixel((0, y), colour)
+    assert preview(open_picture(image), 9, 9, True) == (
+        "\x1b[38;2;255;0;0m\x1b[48;2;0;255;0m▀\x1b[0m\n\x1b[38;2;0;0;255m▀\x1b[0m\n"
+    )
+    dots = Image.new("L", (4, 2))
+    dots.putdata([255, 255, 0, 0, 255, 0, 255, 0])
+    assert preview(open_picture(dots), 9, 9, False) == "█▀▄ \n"
+
+
+def test_pictures_need_neither_transformers_nor_torch():
+    code = (
+        "import sys; from lite_llm.text.images import open_picture, take_pictures; assert 'PIL' not in sys.modules;"
+        "from PIL import Image; open_picture(Image.new('RGB', (2, 2)));"
+        "assert not sys.modules.keys() & {'torch', 'transformers', 'tokenizers'}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
