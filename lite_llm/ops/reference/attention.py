@@ -41,21 +41,22 @@ def attend(
     `decodes` is 0.
     """
     out = torch.zeros_like(q)
-    groups = q.shape[1] // k_pool.shape[1]
+    kv_heads = k_pool.shape[1]
+    starts = q_start.tolist()
     for b, length in enumerate(kv_len.tolist()):
-        tokens = slice(int(q_start[b]), int(q_start[b + 1]))
+        tokens = slice(starts[b], starts[b + 1])
         if length == 0 or tokens.start == tokens.stop:
             continue
         slots = table[rows[b], :length].long()
-        k = k_pool[slots].float().repeat_interleave(groups, dim=1)
-        v = v_pool[slots].float().repeat_interleave(groups, dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q[tokens].float(), k) * scale
-        key = torch.arange(length, device=q.device)
-        query = key[length - scores.shape[1] :, None]
-        visible = key <= query
-        if window is not None:
-            visible &= key > query - window
+        k, v = k_pool[slots].float(), v_pool[slots].float()
+        heads = q[tokens].float().unflatten(1, (kv_heads, -1))  # [tokens, kv_heads, group, head_dim]
+        scores = torch.einsum("qhgd,khd->hgqk", heads, k) * scale
         if causal:
+            key = torch.arange(length, device=q.device)
+            query = key[length - scores.shape[2] :, None]
+            visible = key <= query
+            if window is not None:
+                visible &= key > query - window
             scores.masked_fill_(~visible, float("-inf"))
-        out[tokens] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
+        out[tokens] = torch.einsum("hgqk,khd->qhgd", scores.softmax(-1), v).flatten(1, 2).to(q.dtype)
     return out
