@@ -90,6 +90,13 @@ def warm(options: argparse.Namespace) -> int:
 def _open(options: argparse.Namespace, screen: Screen) -> "LLM":
     _prepare(options, screen)
     bar = LoadingBar(screen)
+    before, pressed = signal.getsignal(signal.SIGINT), []
+
+    def interrupt(*arguments) -> None:
+        pressed.append(True)
+        before(*arguments)
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         bar.status("starting ...")
         from lite_llm.llm import LLM  # torch: a second or more
@@ -98,9 +105,14 @@ def _open(options: argparse.Namespace, screen: Screen) -> "LLM":
             bar.clear()
             screen.note(text)
 
-        return LLM(options.model, say=say, progress=bar, status=bar.stage, **options.engine)
+        llm = LLM(options.model, say=say, progress=bar, status=bar.stage, **options.engine)
     finally:
+        signal.signal(signal.SIGINT, before)
         bar.clear()
+    if pressed:  # a library that was being imported has swallowed it
+        llm.close()
+        raise KeyboardInterrupt
+    return llm
 
 
 def _prepare(options: argparse.Namespace, screen: Screen) -> None:
