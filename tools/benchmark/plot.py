@@ -46,13 +46,13 @@ class Panel:
 
 
 def plot(record: Record, path: str | Path) -> None:
-    check(path)
     path = Path(path)
     form = path.suffix[1:].lower()
     chosen = list(panels(record))
     if not chosen:
         why = "; ".join(left_out(record)) or "it has no row with a time or a rate"
         raise UsageError(f"--plot {path}: nothing can be drawn", why)
+    check(path)
     picture = io.BytesIO()
     _draw(record, chosen).savefig(picture, format=form, dpi=150)
     replace_file(path, picture.getvalue())
