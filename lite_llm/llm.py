@@ -5,12 +5,13 @@ import gc
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from lite_llm.answer import Answer
 from lite_llm.config import EngineConfig, HFConfig
 from lite_llm.engine.build import Blueprint
 from lite_llm.engine.engine import Engine
@@ -20,23 +21,23 @@ from lite_llm.engine.warm import Say, Warmth, warm_up
 from lite_llm.errors import BadCheckpoint, UsageError
 from lite_llm.jsonfile import read_object
 from lite_llm.models import registry, shapes
-from lite_llm.outputs import Choice, Delta, InFlight, Output, Timings, Usage
-from lite_llm.text import Detokenizer, StopMatcher, Tokenizer
+from lite_llm.outputs import Delta, InFlight, Output, Timings, Usage
+from lite_llm.prompts import Encoded, Message, Prompt, Reader, tower_of
+from lite_llm.text import Tokenizer
+from lite_llm.text.fetch import Fetcher
+from lite_llm.text.images import Picture
+from lite_llm.text.processor import Processor
 from lite_llm.weights.files import open_checkpoint
 from lite_llm.weights.hub import Source
 from lite_llm.weights.loading import load_weights
 from lite_llm.weights.random import random_hf_tensors
 from lite_llm.weights.rules import load
 
+if TYPE_CHECKING:
+    from lite_llm.text.images import Source as PictureSource
+
 log = logging.getLogger("lite_llm")
 DEMO = Path(__file__).parent / "demo" / "chat"
-
-_CHARS_A_TOKEN = 256
-"""More than any token has, so that a text far beyond the context is refused before it is tokenized."""
-
-Message = Mapping[str, object]
-Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or a conversation in OpenAI's form."""
 
 
 class LLM:
@@ -56,6 +57,7 @@ class LLM:
         say: Callable[[str], None] = log.info,
         progress: Callable[[int, int], None] | None = None,
         status: Say | None = None,
+        fetcher: Fetcher | None = None,
         **options,
     ):
         """Plan, load and get ready.
@@ -65,7 +67,8 @@ class LLM:
         tokenizer. `options` are the fields of `EngineConfig`. `say` gets the memory plan and notices, one line each;
         `progress` gets (bytes loaded, bytes in all), and `status` what is done after loading, how many of it are done
         and how many there are: on a GPU kernels are compiled and CUDA graphs recorded, so that no answer waits for
-        either. Raises a LiteLLMError that says what is wrong and what to do.
+        either. `fetcher` downloads pictures named by URL; without one URLs are refused. Raises a LiteLLMError that says
+        what is wrong and what to do.
         """
         config = _engine_config(options)
         if shape is not None:
@@ -75,6 +78,7 @@ class LLM:
             self._start(HFConfig(facts, config.ignore_config), config, say)
             self.name, self.tokenizer = shape, None
             self.generation_config: dict[str, object] = {}
+            self._reader = Reader(shape, self.cfg)
             rules = registry.find(self.cfg.architecture)[0].RULES
             tensors = random_hf_tensors(facts, seed, self._blueprint.dtype, self._blueprint.device)
             self._ready(lambda net: load(net, rules, tensors), status)
@@ -82,7 +86,8 @@ class LLM:
         if random_weights:
             raise UsageError("random_weights needs a shape", "pass shape=..., or leave random_weights out")
         source = Source(str(model or DEMO))
-        self.name = source.name if model else "demo/chat"
+        bundled = Path(source.name).parent == DEMO.parent
+        self.name = f"demo/{Path(source.name).name}" if bundled else source.name
         here = source.description()
         hf = HFConfig.load(here, config.ignore_config)
         self._start(hf, config, say)
@@ -95,9 +100,11 @@ class LLM:
                 "tokenizer and weights belong to different models",
             )
         self.generation_config = _generation_config(here / "generation_config.json")
-        for ids in (self.generation_config.get("eos_token_id"), hf.get(object, "eos_token_id", None)):
-            self.eos_ids |= set(_ids(ids))
-        self.eos_ids |= self.tokenizer.eos_ids
+        self.eos_ids |= self.tokenizer.eos_ids | set(_ids(self.generation_config.get("eos_token_id")))
+        for key in ("eos_token_id", "text_config.eos_token_id"):
+            self.eos_ids |= set(_ids(hf.get(object, key, None)))
+        processor = Processor.load(here, tower_of(self.cfg.vision)) if self.cfg.vision is not None else None
+        self._reader = Reader(self.name, self.cfg, self.tokenizer, processor, fetcher)
         checkpoint = open_checkpoint(source.directory())
         rules = registry.find(self.cfg.architecture)[0].RULES
         self._ready(lambda net: load_weights(net, checkpoint, rules, progress), status)
@@ -106,7 +113,7 @@ class LLM:
         self._blueprint = Blueprint(registry.parse(hf), config)
         self.plan, self.cfg = self._blueprint.plan, self._blueprint.cfg
         self.eos_ids: set[int] = set()
-        self._streams: dict[str, list[_Stream]] = {}
+        self._streams: dict[str, list[Answer]] = {}
         self._names = itertools.count(1)
         say(str(self.plan))
 
@@ -145,6 +152,8 @@ class LLM:
 
         A prompt is text, taken as it is with the tokenizer's BOS, or token ids. `params` is one for all or one each.
         """
+        if isinstance(prompts, Encoded):
+            return self._answer([prompts], [_one(params)])[0]
         if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
             raise UsageError(
                 f"the prompt is a {type(prompts).__name__}; expected text, token ids, or a list of prompts"
@@ -158,7 +167,11 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Output | list[Output]:
-        """Answer one conversation (an Output) or a list of them (a list), through the checkpoint's chat template."""
+        """Answer one conversation (an Output) or a list of them (a list), through the checkpoint's chat template.
+
+        A message's content is a string or a list of parts: {"type": "text", "text": ...}, and for pictures OpenAI's
+        {"type": "image_url", "image_url": {"url": ...}} or {"type": "image", "image": what `open` takes}.
+        """
         if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
             raise UsageError(
                 f"chat takes a list of messages, not a {type(messages).__name__}",
@@ -199,19 +212,19 @@ class LLM:
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None) -> str:
         """Queue a prompt; returns its id. UsageError for a bad prompt, ContextExceeded for one that is too long."""
-        ids, params = self.encode(prompt), (params or SamplingParams()).resolved(self.generation_config)
+        asked, params = self.read(prompt), (params or SamplingParams()).resolved(self.generation_config)
         name = id if id is not None else f"request-{next(self._names)}"
         if name in self._streams:
             raise UsageError(f"request id {name!r} is in use", "choose another, or leave it out")
         stops = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids)
-        limit = self.cfg.max_len if params.max_tokens is None else len(ids) + params.max_tokens
-        streams: list[_Stream] = []
+        limit = self.cfg.max_len if params.max_tokens is None else len(asked.ids) + params.max_tokens
+        streams: list[Answer] = []
         try:
             for index in range(params.n):
                 own = dataclasses.replace(params, n=1, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
-                request = Request(list(ids), own, stops, max_len=limit)
+                request = Request(list(asked.ids), own, stops, limit, asked.pictures)
                 self.engine.add(request)
-                streams.append(_Stream(name, index, request, self.tokenizer))
+                streams.append(Answer(name, index, request, self.tokenizer))
         except UsageError:
             for stream in streams:
                 self.engine.abort(stream.request)
@@ -265,18 +278,28 @@ class LLM:
         streams = [stream for streams in self._streams.values() for stream in streams]
         return InFlight.of(((stream.name, stream.index, stream.request) for stream in streams), self.engine.scheduler)
 
+    # ---- prompts
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt: text with BOS, a conversation through the chat template, ids as they are."""
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
-            return list(prompt)
-        if self.tokenizer is None:
-            raise UsageError(f"{self.name} has random weights and no tokenizer", "pass token ids")
-        most = self.cfg.max_len * _CHARS_A_TOKEN
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, max_chars=most)
-        return self.tokenizer.chat_ids(prompt, max_chars=most)
+        return self._reader.ids(prompt)
 
-    def _find(self, id: str) -> list["_Stream"]:
+    def read(self, prompt: Prompt) -> Encoded:
+        """A prompt with all work done that needs no engine, its pictures opened and cut to size; from any thread."""
+        return self._reader.read(prompt)
+
+    def open(self, source: "PictureSource | Picture") -> Picture:
+        """A picture for a message: a path, bytes, a data URL, a PIL image, and where `fetcher` was given, a URL.
+
+        Held by the caller, it is neither decoded nor cut to size again. UsageError for what is no picture.
+        """
+        return self._reader.open(source)
+
+    def receipt(self, picture: Picture) -> str:
+        """One line: what was sent, what the model sees of it, and what that costs."""
+        return self._reader.receipt(picture, self.plan.kv_token)
+
+    def _find(self, id: str) -> list["Answer"]:
         if id not in self._streams:
             raise UsageError(f"there is no request {id!r}")
         return self._streams[id]
@@ -304,53 +327,6 @@ def _blueprint(model: str | Path | None, options: dict[str, object]) -> tuple[Bl
 
 def _silent(what: str, done: int, total: int) -> None:
     pass
-
-
-class _Stream:
-    """One answer on its way from token ids to text."""
-
-    def __init__(self, name: str, index: int, request: Request, tokenizer: Tokenizer | None):
-        self.name, self.index, self.request = name, index, request
-        self.detokenizer = Detokenizer(tokenizer) if tokenizer else None
-        self.stops = StopMatcher(request.params.stop)
-        self.text: list[str] = []
-        self.told = 0  # output tokens already turned into text
-        self.finish_reason: str | None = None
-        self.news: deque[Delta] = deque()
-
-    def advance(self, engine: Engine) -> Delta | None:
-        """Turn new tokens into text; None if nothing happened. A stop string ends the request here."""
-        request = self.request
-        fresh = request.ids[request.prompt_len + self.told :]
-        if self.finish_reason is not None or (not fresh and request.finish_reason is None):
-            return None
-        self.told += len(fresh)
-        ended = request.finish_reason is not None
-        spoken = fresh[:-1] if ended and request.finish_reason == "stop" and fresh else fresh
-        text = self.stops.add(self._text(spoken, last=ended))
-        if self.stops.stopped is not None:
-            engine.abort(request, "stop")
-        elif ended:
-            text += self.stops.finish()
-        self.finish_reason = "stop" if self.stops.stopped is not None else request.finish_reason
-        self.text.append(text)
-        self.news.append(Delta(self.name, self.index, text, tuple(fresh), self.finish_reason))
-        return self.news[-1]
-
-    def _text(self, tokens: list[int], last: bool) -> str:
-        if self.detokenizer is None:
-            return ""
-        return self.detokenizer.add(tokens) + (self.detokenizer.finish() if last else "")
-
-    def choice(self) -> Choice:
-        request = self.request
-        stop: str | int | None = self.stops.stopped
-        if stop is None and request.finish_reason == "stop":
-            stop = request.ids[-1]
-        return Choice(
-            self.index, "".join(self.text), tuple(request.output), self.finish_reason or "", stop, request.params.seed,
-            tuple(request.logprobs),
-        )  # fmt: skip
 
 
 def _engine_config(options: Mapping[str, object]) -> EngineConfig:

@@ -82,6 +82,12 @@ def _require_kernels(cfg: ModelConfig, device: torch.device) -> None:
             f"head_dim {', '.join(map(str, HEAD_DIMS))} and up to {MAX_GROUP} heads",
             "use --device cpu",
         )
+    if device.type == "cuda" and cfg.vision is not None and cfg.vision.head_dim not in HEAD_DIMS:
+        raise UnsupportedModel(
+            f"config.json: the vision tower's head_dim = {cfg.vision.head_dim}; the GPU kernels support "
+            f"{', '.join(map(str, HEAD_DIMS))}",
+            "use --device cpu",
+        )
 
 
 class Blueprint:

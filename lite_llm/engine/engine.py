@@ -18,10 +18,11 @@ from lite_llm.config import ModelConfig
 from lite_llm.engine import runner
 from lite_llm.engine.prefix import NoPrefix, PrefixCache
 from lite_llm.engine.request import Request, TokenLogprobs
-from lite_llm.engine.runner import Runner, Shape
+from lite_llm.engine.runner import Piece, Runner, Shape
 from lite_llm.engine.scheduler import Plan, Scheduler
 from lite_llm.engine.slots import SlotPool
 from lite_llm.engine.state import MAX_STOPS, DeviceState
+from lite_llm.engine.vision import Encoder, check_pictures
 from lite_llm.errors import UsageError
 from lite_llm.ops import warm
 from lite_llm.ops.warm import Say
@@ -74,7 +75,10 @@ class Engine:
         most = Shape(max_requests, prompts, step_tokens)
         with self._on_stream():
             self.state = DeviceState(max_requests, cfg.max_len, cfg.vocab, ahead + 2, device)
-            self.runner = Runner(model, kv, self.state, usable_vocab or cfg.vocab, fixed, most)
+            encoder = None
+            if cfg.vision is not None:
+                encoder = Encoder(model, cfg, most.decodes + most.tokens, device, kv.k.dtype)
+            self.runner = Runner(model, kv, self.state, usable_vocab or cfg.vocab, fixed, most, encoder)
         self.flights: deque[Flight] = deque()
         self.launched = 0
 
@@ -99,7 +103,8 @@ class Engine:
             self.stream.synchronize()
 
     def add(self, request: Request) -> None:
-        """Queue a request. UsageError for token ids that the model does not have; ContextExceeded if it cannot fit."""
+        """Queue a request. ContextExceeded if it cannot fit; UsageError for token ids that the model does not have, or
+        pictures that it does not take."""
         biased = request.params.logit_bias
         for name, ids in (("prompt", request.ids), ("logit_bias", biased), ("stop_token_ids", request.stop_ids)):
             for token in ids:
@@ -109,6 +114,7 @@ class Engine:
             raise UsageError("the prompt is empty; expected at least one token")
         if len(request.stop_ids) > MAX_STOPS:
             raise UsageError(f"{len(request.stop_ids)} stop tokens; expected at most {MAX_STOPS}")
+        check_pictures(self.cfg, request)
         request.max_len = min(request.max_len, self.cfg.max_len)
         self.scheduler.add(request)
 
@@ -156,10 +162,7 @@ class Engine:
         self.state.join([request for request in requests if request.written == 0])
         self.state.extend(requests)
         rows = [request.row for request, _ in plan if request.decoding]
-        prompts = [
-            (r.row, r.cached, r.ids[r.cached : r.cached + n], r.slots[r.cached : r.cached + n], n == r.pending)
-            for r, n in plan[len(rows) :]
-        ]
+        prompts = [_piece(request, n) for request, n in plan[len(rows) :]]
         shape = self.runner.fit(len(rows), len(prompts), sum(n for _, n in plan) - len(rows))
         adjusted = any(request.adjusted for request in requests)
         self.runner.send(shape, rows, prompts)
@@ -200,6 +203,12 @@ class Engine:
         numbers = torch.cat([own, values, ids.int().view(torch.float32)], 1)
         there = torch.empty(numbers.shape, dtype=torch.float32, pin_memory=self.stream is not None)
         return there.copy_(numbers, non_blocking=True)
+
+
+def _piece(request: Request, n: int) -> Piece:
+    first, end = request.cached, request.cached + n
+    parts = request.parts(first, end)
+    return Piece(request.row, first, request.ids[first:end], request.slots[first:end], n == request.pending, parts)
 
 
 @functools.cache

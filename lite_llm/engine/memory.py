@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from lite_llm.config import EngineConfig, ModelConfig
+from lite_llm.engine import vision
 from lite_llm.engine.runner import shapes
 from lite_llm.errors import DoesNotFit, UsageError
 
 GIB = 1 << 30
 _RESERVE = {"cuda": 400 << 20, "cpu": 64 << 20}  # library workspaces, modules, fragmentation
 _LEAST_TOKENS = 16
-_NODES, _NODE = 9, 8 << 10
+_NODES, _TOWER_NODES, _NODE = 9, 16, 8 << 10
 """Kernels of a layer in a CUDA graph, at most, and the driver's memory for each, a guess on the safe side: 66 graphs of
 Llama-3.2-1B took 458 MiB of an H200, the activations that they share included."""
 
@@ -81,11 +82,14 @@ def plan_memory(
         tables = rows * (4 * context + 8 * cfg.vocab) + 4 * context * cfg.rope.rotary
         tokens = config.step_tokens + config.max_requests
         partial = partial_sums(cfg, config.max_requests, context) if device.type == "cuda" else 0
+        pictures = vision.workspace(cfg, item, tokens) if cfg.vision is not None else 0
         graphs = 0
         if device.type == "cuda" and config.cuda_graphs:
             nodes = sum(2 * (_NODES * cfg.num_layers + 16) for _ in shapes(config.max_requests, config.step_tokens))
+            if cfg.vision is not None:
+                nodes += vision.MOST_TILES * (_TOWER_NODES * cfg.vision.num_layers + 32)
             graphs = nodes * _NODE
-        return tokens * wide * item + logits + tables + partial + graphs + _RESERVE[device.type]
+        return tokens * wide * item + logits + tables + partial + pictures + graphs + _RESERVE[device.type]
 
     if config.kv_tokens and config.context and config.context > config.kv_tokens:
         raise DoesNotFit(f"context = {config.context} is more than the pool will hold: kv_tokens = {config.kv_tokens}")

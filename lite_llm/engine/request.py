@@ -1,12 +1,17 @@
 """What a user asks for (`SamplingParams`) and one generation in progress (`Request`). Plain Python: no tensors."""
 
 import dataclasses
+import hashlib
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from lite_llm.errors import UsageError, shown
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _RANGES = {
     "max_tokens": (int, 1, 2**31),
@@ -106,6 +111,40 @@ def _a(kind: type) -> str:
     return {int: "a whole number", float: "a number"}[kind]
 
 
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A picture as a vision tower takes it."""
+
+    pixels: "np.ndarray"  # [tiles, 3, side, side] float32, as the checkpoint's processor cuts and normalizes them
+    size: tuple[int, int]  # height and width of the picture, which say where the tiles belong
+    tokens: int  # that stand for it in a prompt
+    digest: str = ""  # hexadecimal; stands for what is seen, and for nothing else. Computed if it is left out
+
+    def __post_init__(self):
+        if not self.digest:
+            hashed = hashlib.blake2b(repr(self.size).encode(), digest_size=32)
+            hashed.update(self.pixels.tobytes())
+            object.__setattr__(self, "digest", hashed.hexdigest())
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def keys(self) -> range:
+        """For each token a number that no token id and no token of another picture has."""
+        first = (int(self.digest, 16) + 1) << 32
+        return range(first, first + self.tokens)
+
+
+class Part(NamedTuple):
+    """Of a picture's tokens `count` from `first` on, which are those from `at` on of a piece of the prompt."""
+
+    tiles: Tiles
+    first: int
+    count: int
+    at: int
+
+
 @dataclass(eq=False)
 class Request:
     """One answer in progress. The scheduler places it; its `commit` alone adds to `ids`, its `cancel` may end it."""
@@ -114,6 +153,7 @@ class Request:
     params: SamplingParams  # resolved
     stop_ids: frozenset[int] = frozenset()  # tokens that end the answer; part of ids, never of the text
     max_len: int = 1 << 62  # prompt and answer together
+    pictures: tuple[tuple[int, Tiles], ...] = ()  # and the first of each one's placeholders in `ids`; in order
     prompt_len: int = -1
     cached: int = 0  # tokens whose K and V are in the pool, or will be by the steps under way
     flying: int = 0  # tokens that the steps under way will bring
@@ -142,6 +182,22 @@ class Request:
     @property
     def output_len(self) -> int:
         return len(self.ids) - self.prompt_len
+
+    def keys(self, end: int) -> list[int]:
+        """The first `end` tokens as the prefix cache compares them: placeholders by what they stand for."""
+        keys = self.ids[:end]
+        for start, tiles in self.pictures:
+            keys[start : start + tiles.tokens] = tiles.keys[: max(end - start, 0)]
+        return keys
+
+    def parts(self, first: int, end: int) -> list[Part]:
+        """Of pictures, what lies in the tokens from `first` to before `end`."""
+        found = []
+        for start, tiles in self.pictures:
+            low, high = max(start, first), min(start + tiles.tokens, end)
+            if low < high:
+                found.append(Part(tiles, low - start, high - low, low - first))
+        return found
 
     @property
     def pending(self) -> int:

@@ -1,6 +1,6 @@
 """Runs steps on the device: each shape of step is one function, and on a GPU one CUDA graph of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from lite_llm import ops
 from lite_llm.batch import Batch, KVPool
+from lite_llm.engine.graphs import record
+from lite_llm.engine.request import Part
 from lite_llm.engine.state import DeviceState
+from lite_llm.engine.vision import Encoder
 from lite_llm.ops.warm import Say
 
 
@@ -23,6 +26,17 @@ class Shape(NamedTuple):
     @property
     def requests(self) -> int:
         return self.decodes + self.prompts
+
+
+class Piece(NamedTuple):
+    """What a step sends of one prompt."""
+
+    row: int
+    first: int  # position of its first token
+    tokens: list[int]
+    slots: list[int]
+    wanted: bool  # whether its last token is followed by one that is sampled
+    parts: Sequence[Part] = ()  # of pictures
 
 
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -48,17 +62,20 @@ class Runner:
     """
 
     def __init__(
-        self, model: nn.Module, kv: KVPool, state: DeviceState, usable: int, fixed: Iterable[Shape], most: Shape
-    ):
+        self, model: nn.Module, kv: KVPool, state: DeviceState, usable: int, fixed: Iterable[Shape], most: Shape,
+        encoder: Encoder | None = None,
+    ):  # fmt: skip
         """`fixed` are the shapes that steps are padded to; none: every step has its own size, at most `most`.
 
-        Ids from `usable` on are padding of the vocabulary and never sampled.
+        Ids from `usable` on are padding of the vocabulary and never sampled. A model that takes pictures has an
+        `encoder` for them.
         """
         self.model, self.kv, self.state, self.usable, self.fixed = model, kv, state, usable, list(fixed)
+        self.encoder = encoder
         self.graphs: dict[tuple[Shape, bool], torch.cuda.CUDAGraph] = {}
         requests, tokens = most.requests, most.decodes + most.tokens
         sizes = dict.fromkeys(("rows", "samples", "kv_len", "logits_at"), requests)
-        sizes |= {"q_start": requests + 1} | dict.fromkeys(("tokens", "positions", "slots"), tokens)
+        sizes |= {"q_start": requests + 1} | dict.fromkeys(("tokens", "positions", "slots", "pictured"), tokens)
         self._flat = torch.zeros(sum(sizes.values()), dtype=torch.int32, device=state.device)
         self._inputs: dict[str, Tensor] = dict(zip(sizes, self._flat.split(list(sizes.values())), strict=True))
         self._sent: tuple[Shape, list[int]] | None = None  # the decodes that the buffers hold, if nothing else
@@ -74,8 +91,8 @@ class Runner:
                 return shape
         raise AssertionError(f"no shape for {decodes} decodes and {prompts} prompts of {tokens} tokens")
 
-    def send(self, shape: Shape, rows: list[int], prompts: list[tuple[int, int, list[int], list[int], bool]]) -> None:
-        """Fill the inputs: rows that decode, and (row, first position, tokens, slots, wants a token) of each prompt."""
+    def send(self, shape: Shape, rows: list[int], prompts: Sequence[Piece]) -> None:
+        """Fill the inputs: rows that decode, and pieces of prompts."""
         if not prompts and self._sent == (shape, rows):
             return
         pad, decodes = self.state.pad_row, len(rows)
@@ -84,9 +101,12 @@ class Runner:
         arrays["rows"][:decodes] = arrays["samples"][:decodes] = rows
         arrays["q_start"][: shape.decodes + 1] = range(shape.decodes + 1)
         arrays["logits_at"][: shape.decodes] = range(shape.decodes)
-        at = shape.decodes
-        for b, (row, first, tokens, slots, wanted) in enumerate(prompts, start=shape.decodes):
+        at, shown = shape.decodes, []
+        for b, (row, first, tokens, slots, wanted, parts) in enumerate(prompts, start=shape.decodes):
             end = at + len(tokens)
+            for part in parts:
+                shown.append(part._replace(at=at + part.at))
+                arrays["pictured"][shown[-1].at : shown[-1].at + part.count] = 1
             arrays["rows"][b] = row
             arrays["samples"][b] = row if wanted else pad
             arrays["tokens"][at:end], arrays["slots"][at:end] = tokens, slots
@@ -99,6 +119,8 @@ class Runner:
         if self._flat.device.type == "cuda":
             flat = flat.pin_memory()
         self._flat.copy_(flat, non_blocking=True)
+        if shown:
+            self.encoder.show_(shown)
         self._sent = None if prompts else (shape, list(rows))
 
     def run(self, shape: Shape, adjusted: bool) -> None:
@@ -118,19 +140,11 @@ class Runner:
         for done, (shape, adjusted) in enumerate(todo):
             say("capturing graphs", done, len(todo))
             self.send(shape, [], [])
-            self._step(shape, adjusted)
-            graph = torch.cuda.CUDAGraph()
-            # Plainer than torch.cuda.graph, which collects garbage each time.
-            torch.cuda.current_stream().synchronize()
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                self._step(shape, adjusted)
-            finally:
-                graph.capture_end()
-            graph.replay()  # the first one uploads it
-            self.graphs[shape, adjusted] = graph
-        torch.cuda.current_stream().synchronize()
+            self.graphs[shape, adjusted] = record(lambda: self._step(shape, adjusted), pool)  # noqa: B023
         say("capturing graphs", len(todo), len(todo))
+        if self.encoder is not None:
+            self.encoder.capture(pool, say)
+        torch.cuda.current_stream().synchronize()
 
     def rehearse(self) -> None:
         """Run every fixed shape once with pads alone: afterwards no kernel is new."""
@@ -138,6 +152,8 @@ class Runner:
             for adjusted in (True, False):
                 self.send(shape, [], [])
                 self._step(shape, adjusted)
+        if self.encoder is not None:
+            self.encoder.rehearse()
 
     def _step(self, shape: Shape, adjusted: bool) -> None:
         i, s, n = self._inputs, self.state, shape.decodes
@@ -146,6 +162,7 @@ class Runner:
             i["tokens"], i["positions"], i["slots"], i["kv_len"], i["rows"][:n], s.last, s.length, s.ended, s.table,
             s.step, len(s.ring),
         )  # fmt: skip
+        sees = self.encoder is not None and shape.prompts > 0  # those that decode embed what was sampled
         batch = Batch(
             tokens=i["tokens"][:total],
             positions=i["positions"][:total],
@@ -156,6 +173,8 @@ class Runner:
             rows=i["rows"][:requests],
             logits_at=i["logits_at"][:requests] if shape.prompts else None,
             decodes=n,
+            features=self.encoder.features[:total] if sees else None,
+            pictured=i["pictured"][:total].bool() if sees else None,
         )
         logits = self.model(batch, self.kv)
         # A sampled token stands behind the cached ones: its position is their number.

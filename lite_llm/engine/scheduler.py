@@ -134,7 +134,7 @@ class Scheduler:
         """Start the first waiting request if all it must compute fits, with one token for each running one."""
         if request.flying:
             return False  # preempted a moment ago: its last token is still on its way
-        slots, node = self.prefix.match(request.ids[:-1])  # at least one token is left to compute
+        slots, node = self.prefix.match(request.keys(len(request.ids) - 1))  # at least one token is left to compute
         need = len(request.ids) - len(slots) + len(self.running)
         if need > self.slots.free_count + self.prefix.evictable and self.running:
             self.prefix.unlock(node)
@@ -143,7 +143,8 @@ class Scheduler:
         if not request.preemptions:
             request.prefix_hit = len(slots)
         request.row, request.written = self.free_rows.pop(), 0
-        request.held = request.cached if request.pending == 1 else -1
+        sent = request.pending > 1 or request.parts(request.cached, len(request.ids))  # the device holds no picture
+        request.held = -1 if sent else request.cached
         self.running.append(request)
         return True
 
@@ -208,7 +209,7 @@ class Scheduler:
         if request.finish_reason == "error":  # its K and V may be damaged
             mine = request.slots[request.shared : cached]
         else:
-            mine = self.prefix.insert(request.ids[:cached], request.slots[:cached])
+            mine = self.prefix.insert(request.keys(cached), request.slots[:cached])
         self.slots.free(spare + mine)
         self.prefix.unlock(request.node)
         self.running.remove(request)

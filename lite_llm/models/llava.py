@@ -186,6 +186,13 @@ class Llava(nn.Module):
             return list(features)
         parts = features.split([tiling.tiles(self.cfg, size) for size in sizes])
         return [
-            torch.cat([part.flatten(0, 1), self.projector.newline[None]])[tiling.order(self.cfg, size).to(part.device)]
+            torch.cat([part.flatten(0, 1), self.projector.newline[None]])[_sent(tiling.order(self.cfg, size), part)]
             for size, part in zip(sizes, parts, strict=True)
         ]
+
+
+def _sent(numbers: Tensor, to: Tensor) -> Tensor:
+    """`numbers` of the CPU on the device of `to`, without waiting for what it has to do."""
+    if to.device.type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(to.device, non_blocking=True)

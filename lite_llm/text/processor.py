@@ -108,24 +108,7 @@ class Processor:
         Placeholders come from the chat template (or a prompt written by hand); the tokenizer never makes one of text
         in a message. UsageError if they are not as many as the pictures.
         """
-        found = sum(token == self.tower.image_token for token in ids)
-        if found != len(pictures):
-            raise UsageError(
-                f"{len(pictures)} picture{'s' * (len(pictures) != 1)} and {found} placeholder{'s' * (found != 1)} "
-                "for them in the prompt",
-                "give one picture for each, in messages of the user (some chat templates drop those of other roles)",
-            )
-        whole: list[int] = []
-        places: list[range] = []
-        ahead = iter(pictures)
-        for token in ids:
-            if token != self.tower.image_token:
-                whole.append(token)
-                continue
-            start, count = len(whole), self.tokens(next(ahead))
-            whole.extend([token] * count)
-            places.append(range(start, start + count))
-        return whole, places
+        return expand(ids, self.tower.image_token, [self.tokens(picture) for picture in pictures])
 
     def receipt(self, picture: Picture, kv_bytes: int) -> str:
         """One line: what was sent, what the model sees of it, and what that costs at `kv_bytes` per token."""
@@ -213,6 +196,28 @@ class Processor:
                 raise BadCheckpoint(f"{name} makes pixels of shape {pixels.shape}; the tower takes {want}")
             if not np.isfinite(pixels).all():
                 raise BadCheckpoint(f"{name}: image_std or another number makes pixels that are no numbers")
+
+
+def expand(ids: Sequence[int], image_token: int, counts: Sequence[int]) -> tuple[list[int], list[range]]:
+    """As `Processor.expand`, for pictures of which only the number of tokens is known."""
+    found = sum(token == image_token for token in ids)
+    if found != len(counts):
+        raise UsageError(
+            f"{len(counts)} picture{'s' * (len(counts) != 1)} and {found} placeholder{'s' * (found != 1)} "
+            "for them in the prompt",
+            "give one picture for each, in messages of the user (some chat templates drop those of other roles)",
+        )
+    whole: list[int] = []
+    places: list[range] = []
+    ahead = iter(counts)
+    for token in ids:
+        if token != image_token:
+            whole.append(token)
+            continue
+        start, count = len(whole), next(ahead)
+        whole.extend([token] * count)
+        places.append(range(start, start + count))
+    return whole, places
 
 
 def _settings(path: Path) -> tuple[str, dict[str, Any]]:

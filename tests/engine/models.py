@@ -249,16 +249,17 @@ class Rig:
         hook: Hook | None = None,
         model: nn.Module | None = None,
         cfg: ModelConfig | None = None,
+        oracle: HashModel | None = None,
         ahead: int = 0,
         padded: bool = False,
     ):
-        """`ahead` and `padded` make the engine work as it does with CUDA graphs."""
+        """`oracle` or else `model` says the answers. `ahead` and `padded` make the engine work as with CUDA graphs."""
         self.vocab = cfg.vocab if cfg else vocab
         cfg = dataclasses.replace(cfg or tiny_config(vocab, max_len), max_len=max_len)
         shape = (cfg.num_layers, slots, cfg.kv_heads, cfg.head_dim) if model else (1, slots, 1, 2)
         like = next(model.parameters()) if model else torch.zeros(0, dtype=torch.float64)
         self.kv = KVPool(like.new_full(shape, NAN), like.new_full(shape if model else (1, slots, 1, 1), NAN))
-        self.model = model or HashModel(vocab, hook)
+        self.model = model or oracle or HashModel(vocab, hook)
         self.engine = Engine(
             self.model, cfg, self.kv, max_requests=rows, step_tokens=step_tokens, prefix_cache=prefix_cache,
             usable_vocab=usable_vocab, ahead=ahead, graphs=padded,
@@ -306,12 +307,18 @@ class Rig:
         return [(request.output, request.finish_reason) for request in requests]
 
 
-def alone(request: Request, vocab: int, usable: int | None = None) -> tuple[list[int], str]:
-    """What the hash model says to a request that nobody disturbs, worked out token by token without an engine."""
+def alone(
+    request: Request, vocab: int, usable: int | None = None, seen: Sequence[int] | None = None
+) -> tuple[list[int], str]:
+    """What the hash model says to a request that nobody disturbs, worked out token by token without an engine.
+
+    `seen` is what it sees of the prompt, if that is not its ids.
+    """
     p, ids = request.params, list(request.ids[: request.prompt_len])
+    seen = ids if seen is None else seen
     while True:
         done = ids[request.prompt_len :]
-        logits = [float(x) for x in logits_of(ids, vocab)]
+        logits = [float(x) for x in logits_of([*seen[: request.prompt_len], *done], vocab)]
         for token in set(ids):
             logits[token] = (
                 logits[token] / p.repetition_penalty if logits[token] > 0 else logits[token] * p.repetition_penalty

@@ -4,15 +4,18 @@ import dataclasses
 import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from lite_llm.config import EngineConfig, HFConfig
-from lite_llm.engine import build, memory
+from lite_llm.engine import build, memory, vision
 from lite_llm.engine.build import Blueprint
 from lite_llm.engine.memory import GIB, plan_memory, size
+from lite_llm.engine.request import Part, Tiles
 from lite_llm.errors import DoesNotFit, EnvironmentProblem, LiteLLMError, UnsupportedModel, UsageError
-from lite_llm.models import registry, shapes
+from lite_llm.layers import LayerFactory
+from lite_llm.models import registry, shapes, tiling
 from lite_llm.ops.triton import decode, launch, skinny, tuning
 from tests.engine.models import fill_, tiny_config
 
@@ -155,6 +158,56 @@ def test_more_requests_than_there_are_tickets_are_refused():
 
 def test_as_many_requests_as_there_are_tickets_are_planned(plan):
     assert plan(1 << 50, max_requests=launch.TICKETS // CFG.kv_heads, step_tokens=1 << 20).left > 0
+
+
+@pytest.mark.parametrize("shape", ["tiny-llava-1.5-7b", "llava-1.5-7b", "llava-1.6-mistral-7b"])
+def test_the_plan_counts_what_pictures_take(shape, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1 << 40)
+    cfg = registry.parse(HFConfig(shapes.shape_config(shape)))
+    text = dataclasses.replace(cfg, vision=None)
+    for device in (CPU, CUDA):
+        more, plain = (
+            plan_memory(c, EngineConfig(max_requests=4, step_tokens=96), device, torch.float32, 0).workspace
+            for c in (cfg, text)
+        )
+        tile = cfg.vision.tile_features * cfg.hidden * 4
+        buffers = 100 * cfg.hidden * 4 + 8 * tile  # what a step reads, and what the tower's graphs write to
+        assert more - plain > vision.kept_bytes(cfg, 4) + buffers >= (32 + 8) * tile
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape, size", [("llava-1.5-7b", (336, 336)), ("llava-1.6-mistral-7b", (672, 672))])
+@torch.inference_mode()
+def test_pictures_take_no_more_than_was_planned(shape, size):
+    cfg = registry.parse(HFConfig(shapes.shape_config(shape)))
+    cfg = dataclasses.replace(cfg, num_layers=1, windows=cfg.windows[:1])
+    model = registry.find(cfg.architecture)[1](LayerFactory(torch.bfloat16, "cuda"), cfg)
+    fill_(model)
+    count = tiling.tiles(cfg.vision, size)
+    parts = []
+    for i in range(40):
+        pixels = np.full((count, 3, 336, 336), i / 40, np.float32)
+        parts.append(Part(Tiles(pixels, size, tiling.tokens(cfg.vision, size)), 0, 16, 16 * i))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        model.encode_tiles(torch.zeros(1, 3, 336, 336, device="cuda", dtype=torch.bfloat16))  # libraries want some too
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        encoder = vision.Encoder(model, cfg, 640, torch.device("cuda"), torch.bfloat16)
+        encoder.rehearse()
+        encoder.capture(torch.cuda.graph_pool_handle(), lambda *_: None)
+        encoder.show_(parts)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert sum(kept.nbytes for kept in encoder._kept.values()) <= vision.kept_bytes(cfg, 2) < taken
+    assert taken <= vision.workspace(cfg, 2, 640)
+
+
+def test_a_tower_that_no_kernel_serves_is_refused_on_a_gpu():
+    cfg = registry.parse(HFConfig(shapes.shape_config("tiny-llava-1.5-7b")))
+    odd = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, heads=cfg.vision.hidden // 8))
+    build._require_kernels(cfg, CUDA)
+    build._require_kernels(odd, CPU)
+    with pytest.raises(UnsupportedModel, match="vision tower's head_dim = 8; .* 16, 32"):
+        build._require_kernels(odd, CUDA)
 
 
 def test_devices_and_dtypes_that_do_not_exist():

@@ -14,7 +14,15 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.engine import test_engine, test_prefix, test_request, test_sampling, test_scheduler, test_slots
+from tests.engine import (
+    test_engine,
+    test_pictures,
+    test_prefix,
+    test_request,
+    test_sampling,
+    test_scheduler,
+    test_slots,
+)
 
 QUICK = settings(
     max_examples=1000, stateful_step_count=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
@@ -70,6 +78,17 @@ def request() -> None:
         test_request.test_a_number_out_of_range_is_refused_by_name(name)
 
 
+def pictures() -> None:
+    for seed in range(4):
+        test_pictures.test_disorder_changes_no_answer(seed, seed % 4, seed % 3 == 0, test_pictures.TILED)
+    test_pictures.test_pictures_of_one_step_are_encoded_together()
+    test_pictures.test_what_is_kept_is_bounded_and_the_last_used_stay()
+    test_pictures.test_a_picture_of_more_tiles_than_one_call_takes()
+    test_pictures.test_swapped_pictures_are_another_prompt()
+    test_pictures.test_the_same_pixels_in_another_shape_are_another_picture()
+    test_pictures.test_a_prompt_that_ends_in_a_picture_and_is_cached_but_for_its_last_token()
+
+
 MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
     "slots": [
         (" or not self._in_use[slot]:", ":", slots),  # a free slot is freed
@@ -120,7 +139,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("= self.step_tokens - len(self.running), self", "= self.step_tokens, self", scheduler),
         ("youngest = self.running[-1]", "youngest = self.running[0]", scheduler),
         ("self.waiting.appendleft(request)", "self.waiting.append(request)", scheduler),
-        ("self.prefix.match(request.ids[:-1])", "self.prefix.match(request.ids)", scheduler),
+        ("request.keys(len(request.ids) - 1)", "request.keys(len(request.ids))", scheduler),
         ("not self.slots.free_count and not self.prefix.evictable", "not self.slots.free_count", scheduler),
         ('if request.finish_reason == "error":', "if False:", scheduler),  # damaged KV is cached
         ("self.prefix.unlock(request.node)", "pass", scheduler),
@@ -149,6 +168,8 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("keep = request.cached + 1", "keep = request.cached", scheduler),
         ("del request.slots[keep:]", "pass", scheduler),
         ("request.written = min(request.written, keep)", "pass", engine),
+        ("self.prefix.insert(request.keys(cached)", "self.prefix.insert(request.ids[:cached]", pictures),
+        ("-1 if sent else request.cached", "-1 if request.pending > 1 else request.cached", pictures),
     ],
     "request": [
         ("not low <= value <= high:", "value < low or value > high:", request),  # NaN passes
@@ -160,6 +181,18 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
             "if token in self.stop_ids[:1]:",
             engine,
         ),
+        ("tiles.keys[: max(end - start, 0)]", "self.ids[start : min(start + tiles.tokens, end)]", pictures),
+        ("(int(self.digest, 16) + 1) << 32", "1 << 32", pictures),
+        ("hashlib.blake2b(repr(self.size).encode(),", "hashlib.blake2b(", pictures),
+        ("Part(tiles, low - start, high - low, low - first)", "Part(tiles, 0, high - low, low - first)", pictures),
+    ],
+    "vision": [
+        ("self._kept.move_to_end(part.tiles.digest)", "pass", pictures),
+        ("own.clone()", "own", pictures),
+        ("[part.first : part.first + part.count]", "[: part.count]", pictures),
+        ("(*self._kept.values(), *features)", "self._kept.values()", pictures),
+        ("tiles.digest in self._kept or tiles.digest in group", "tiles.digest in group", pictures),
+        (".split(MOST_TILES)", ".split(10**6)", pictures),
     ],
     "state": [
         ("if request.params.penalized:", "if False:", engine),  # a row inherits
@@ -190,6 +223,8 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("self.raw[:requests].copy_(logits)", "self.raw[:requests].copy_(-logits)", engine),
         ("s.seeds, self.usable", "s.seeds, s.vocab", engine),
         ('arrays["rows"][:] = arrays["samples"][:] = pad', "pass", engine),
+        ("part._replace(at=at + part.at)", "part", pictures),
+        ("self.encoder is not None and shape.prompts > 0", "self.encoder is not None and shape.decodes == 0", pictures),
     ],
     "engine": [
         ("if request.written == 0]", "if request.written == 0 and not request.preemptions]", engine),
@@ -225,7 +260,7 @@ def sown(name: str, old: str, new: str):
         yield
 
 
-@pytest.mark.parametrize("killer", [slots, prefix, scheduler, engine, request], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("killer", [slots, prefix, scheduler, engine, request, pictures], ids=lambda f: f.__name__)
 def test_nothing_is_found_where_nothing_was_sown(killer):
     killer()
 

@@ -1,0 +1,111 @@
+"""What callers ask, as token ids and pictures: the tokenizer, the chat template and the image processor in front."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from lite_llm.config import ModelConfig, VisionConfig
+from lite_llm.engine.request import Tiles
+from lite_llm.errors import UsageError
+from lite_llm.text.images import Picture, open_picture, take_pictures
+from lite_llm.text.processor import Processor, Tower, expand
+
+if TYPE_CHECKING:
+    from lite_llm.text import Tokenizer
+    from lite_llm.text.fetch import Fetcher
+    from lite_llm.text.images import Source
+
+_CHARS_A_TOKEN = 256
+"""More than any token has, so that a text far beyond the context is refused before it is tokenized."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A prompt that needs no more work: each picture stands in `ids` as its placeholders."""
+
+    ids: Sequence[int]
+    pictures: tuple[tuple[int, Tiles], ...] = ()  # and the first of each one's placeholders; in order
+
+
+Message = Mapping[str, object]
+Prompt = str | Sequence[int] | Sequence[Message] | Encoded
+"""Text, token ids, a conversation in OpenAI's form, or what `LLM.read` has made of one of these."""
+
+
+def tower_of(cfg: VisionConfig) -> Tower:
+    """What an image processor has to know of a model."""
+    return Tower(cfg.image_token, cfg.image_size, cfg.patch_size, cfg.class_token, cfg.resolutions)
+
+
+class Reader:
+    """Reads prompts for one model; may be used by several threads."""
+
+    def __init__(
+        self,
+        name: str,
+        cfg: ModelConfig,
+        tokenizer: "Tokenizer | None" = None,
+        processor: Processor | None = None,
+        fetcher: "Fetcher | None" = None,
+    ):
+        """`name` is for messages. Without a `fetcher` no URL is opened."""
+        self._name, self._cfg, self._tokenizer = name, cfg, tokenizer
+        self._processor, self._fetcher = processor, fetcher
+        self._tiles: WeakKeyDictionary[Picture, Tiles] = WeakKeyDictionary()
+
+    def read(self, prompt: Prompt) -> Encoded:
+        """Everything that the engine needs of a prompt. UsageError for one that cannot be used."""
+        if isinstance(prompt, Encoded):
+            return prompt
+        ids, pictures = self._take(prompt)
+        return Encoded(ids, tuple((start, self._prepare(picture)) for start, picture in pictures))
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt; prepares no pixels."""
+        return list(prompt.ids) if isinstance(prompt, Encoded) else self._take(prompt)[0]
+
+    def open(self, source: "Source | Picture") -> Picture:
+        """One picture, decoded. UsageError for what is none, or if this model takes none."""
+        self._check_vision()
+        return source if isinstance(source, Picture) else open_picture(source, self._fetcher)
+
+    def receipt(self, picture: Picture, kv_bytes: int) -> str:
+        """One line: what was sent, what the model sees of it, and what that costs at `kv_bytes` per token."""
+        return self._check_vision().receipt(picture, kv_bytes)
+
+    def _take(self, prompt: Prompt) -> tuple[list[int], list[tuple[int, Picture]]]:
+        """Token ids with placeholders for pictures, and where each picture begins."""
+        if not isinstance(prompt, str) and isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], int):
+            return list(prompt), []
+        if self._tokenizer is None:
+            raise UsageError(f"{self._name} has random weights and no tokenizer", "pass token ids")
+        most = self._cfg.max_len * _CHARS_A_TOKEN
+        if isinstance(prompt, str):
+            return self._place(self._tokenizer.encode(prompt, max_chars=most), [])
+        messages, sources = take_pictures(prompt)
+        if sources:
+            self._check_vision()
+        ids = self._tokenizer.chat_ids(messages if sources else prompt, max_chars=most)
+        return self._place(ids, [self.open(source) for source in sources])
+
+    def _place(self, ids: list[int], pictures: list[Picture]) -> tuple[list[int], list[tuple[int, Picture]]]:
+        if self._cfg.vision is None:
+            return ids, []
+        counts = [self._check_vision().tokens(picture) for picture in pictures]
+        ids, places = expand(ids, self._cfg.vision.image_token, counts)
+        return ids, [(place.start, picture) for place, picture in zip(places, pictures, strict=True)]
+
+    def _prepare(self, picture: Picture) -> Tiles:
+        """As long as somebody holds a picture, this is done once."""
+        if picture not in self._tiles:
+            made = self._check_vision().prepare(picture)
+            self._tiles[picture] = Tiles(made.pixels, made.size, made.tokens, picture.digest)
+        return self._tiles[picture]
+
+    def _check_vision(self) -> Processor:
+        if self._cfg.vision is None:
+            raise UsageError(f"{self._name} takes text only", "load a vision model, or send no pictures")
+        if self._processor is None:
+            raise UsageError(f"{self._name} has random weights and no image processor", "pass prepared pixels")
+        return self._processor
