@@ -11,7 +11,7 @@ from lite_llm.engine import runner
 from lite_llm.engine.build import Blueprint
 from lite_llm.engine.engine import Flight
 from lite_llm.engine.request import Request, SamplingParams
-from lite_llm.engine.runner import Shape
+from lite_llm.engine.runner import Piece, Shape
 from lite_llm.rope import Rope
 from tests.engine.models import fill_, tiny_config
 
@@ -120,7 +120,7 @@ def test_a_replay_gives_the_bits_of_an_eager_step():
                 state.length[:8] = torch.tensor([0, 1, 5, 77, 128, 129, 250, 299], device="cuda", dtype=torch.int32)
                 state.ended[:8], state.max_len[:8], state.counting[:8] = 0, 1000, 1
                 state.counts.zero_(), state.step.zero_(), state.ring.zero_()
-                prompts = [(7, 0, [1, 2, 3], [2901, 2902, 2903], True)] if shape.prompts else []
+                prompts = [Piece(7, 0, [1, 2, 3], [2901, 2902, 2903], True)] if shape.prompts else []
                 run._sent = None
                 run.send(shape, list(range(min(shape.decodes, 7))), prompts)
                 torch.cuda.synchronize()

@@ -10,7 +10,7 @@ from lite_llm import LLM
 from lite_llm.engine.request import TokenLogprobs
 from tools import bench_engine, bench_peers
 from tools.bench_engine import Answers, Effort, Flight, Steps, idle_shares
-from tools.bench_peers import Peer, gate, gate_answers, in_own_process, random_prompts, wish
+from tools.bench_peers import GATE_TOP_K, Peer, gate, gate_answers, in_own_process, random_prompts, wish
 
 SHAPE = "tiny-llama-3.2-1b"
 tiny = partial(LLM, shape=SHAPE, random_weights=True, dtype="float32", max_requests=4, context=128, prefix_cache=False)
@@ -78,17 +78,21 @@ def test_the_gate_tells_another_model_apart(llm, asked):
         assert "parts at token 0" in gate(gate_answers(other, asked), right, sampled=asked[1])["wrong"]
 
 
+@pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("gap, right", [(0.1, True), (0.3, False)])
-def test_the_gate_forgives_rounding_alone(llm, gap, right):
-    [answer] = gate_answers(llm, (1, False), logprobs=True)
+def test_the_gate_forgives_rounding_alone(llm, gap, right, sampled):
+    """Just below the best token, or, of sampled answers, just below the last one of top-k."""
+    [answer] = gate_answers(llm, (1, sampled), logprobs=True)
     [choice] = answer.choices
     at, second = 7, (choice.token_ids[7] + 1) % llm.cfg.vocab
-    top = TokenLogprobs(choice.token_ids[at], -1.0, ((choice.token_ids[at], -1.0), (second, -1.0 - gap)))
+    before = [(choice.token_ids[at], -1.0)] + [(-1, -2.0)] * (GATE_TOP_K - 1) * sampled
+    gap += before[0][1] - before[-1][1]
+    top = TokenLogprobs(choice.token_ids[at], -1.0, (*before, (second, before[0][1] - gap)))
     logprobs = (*choice.logprobs[:at], top, *choice.logprobs[at + 1 :])
     want = dataclasses.replace(answer, choices=(dataclasses.replace(choice, logprobs=logprobs),))
     tokens = (*choice.token_ids[:at], second, *choice.token_ids[at + 1 :])
     got = dataclasses.replace(answer, choices=(dataclasses.replace(choice, token_ids=tokens),))
-    found = gate([got], [want], sampled=False)
+    found = gate([got], [want], sampled)
     assert found["equal"] == 0 and (found["wrong"] is None) == right
     assert found["widest_gap"] == pytest.approx(gap if right else 0)
 
