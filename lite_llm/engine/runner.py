@@ -41,6 +41,8 @@ class Piece(NamedTuple):
 
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+BETWEEN = tuple(n // 4 * quarters for n in TOKENS[4:-1] for quarters in (5, 6, 7))
+"""Further numbers of tokens, of steps that nobody decodes in: their first token waits for every pad."""
 PROMPTS = 32
 """Most prompts in one step of a graph."""
 
@@ -52,6 +54,7 @@ def shapes(max_requests: int, step_tokens: int) -> list[Shape]:
     prompts = min(PROMPTS, max_requests)
     beside = sorted({0, min(8, max_requests), min(64, max_requests), max_requests})
     mixed = [Shape(d, min(prompts, t), t) for t in tokens for d in beside]
+    mixed += [Shape(0, min(prompts, t), t) for t in BETWEEN if t < step_tokens]
     return [Shape(d, 0, 0) for d in decodes] + sorted(mixed, key=lambda shape: shape.decodes + shape.tokens)
 
 
