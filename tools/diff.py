@@ -6,7 +6,8 @@
 The yardstick is transformers in float32 with the same rounded weights (float64 for --dtype float32). Both sides are
 judged in the model's dtype: ratio = our error / transformers' own error in that dtype. Up to 2 is rounding; more is a
 bug, and the exit code is 1. Each side loads a checkpoint by itself, so the loaders are compared too; random weights are
-transformers', given to our side through the model's RULES.
+transformers', given to our side through the model's RULES. A vision model sees pictures of random pixels in two of the
+prompts, whose features are what comes into layer 0.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -22,17 +24,24 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
 from lite_llm.batch import Batch, KVPool
-from lite_llm.config import HFConfig
+from lite_llm.config import HFConfig, ModelConfig
 from lite_llm.errors import BadCheckpoint, LiteLLMError, UsageError
 from lite_llm.layers import LayerFactory
-from lite_llm.models import registry, shapes
+from lite_llm.models import registry, shapes, tiling
 from lite_llm.weights import load_weights, open_checkpoint, rules
 from tools.environment import environment
 
 LIMIT = 2.0
 FLOOR = 5e-7  # errors below a few roundings of float32 are nobody's fault
 LENGTHS = (512, 37, 129, 1)
+PICTURES = {0: (336, 336), 2: (500, 290)}  # height and width, by prompt
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Prompt(NamedTuple):
+    ids: Tensor
+    pixels: Tensor | None = None  # of one picture, in tiles
+    size: tuple[int, int] | None = None  # its height and width
 
 
 def main() -> int:
@@ -78,7 +87,8 @@ def compare(name: Path | str, dtype: torch.dtype, device: torch.device, show_lay
     hf = HFConfig(shapes.shape_config(name)) if checkpoint is None else HFConfig.load(name)
     cfg = registry.parse(hf)
     module, cls = registry.find(cfg.architecture)
-    theirs = _random_model(name, dtype, device) if checkpoint is None else _their_model(name, dtype, device)
+    auto = transformers.AutoModelForImageTextToText if cfg.vision else transformers.AutoModelForCausalLM
+    theirs = _random_model(auto, name, dtype, device) if checkpoint is None else _their_model(auto, name, dtype, device)
     ours = cls(LayerFactory(dtype, device), cfg)
     if checkpoint is None:
         rules.load(ours, module.RULES, theirs.state_dict().items())
@@ -87,7 +97,7 @@ def compare(name: Path | str, dtype: torch.dtype, device: torch.device, show_lay
     ours.eval()
 
     torch.manual_seed(0)
-    prompts = [torch.randint(0, cfg.vocab, (min(n, cfg.max_len),), device=device) for n in LENGTHS]
+    prompts = [_draw(cfg, row, length, dtype, device) for row, length in enumerate(LENGTHS)]
     got, got_layers = _our_forward(ours, cfg, prompts, dtype, device)
     rounded, rounded_layers = _their_forward(theirs, prompts)
     del ours
@@ -118,19 +128,33 @@ def compare(name: Path | str, dtype: torch.dtype, device: torch.device, show_lay
     }
 
 
-def _their_model(path: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+def _draw(cfg: ModelConfig, row: int, length: int, dtype: torch.dtype, device: torch.device) -> Prompt:
+    """Random tokens, in some prompts of a vision model with a picture among them."""
+    ids = torch.randint(0, cfg.vocab, (min(length, cfg.max_len),), device=device)
+    if cfg.vision is None:
+        return Prompt(ids)
+    ids[ids == cfg.vision.image_token] += 1 if cfg.vision.image_token == 0 else -1
+    if row not in PICTURES:
+        return Prompt(ids)
+    size, side = PICTURES[row], cfg.vision.image_size
+    placeholders = torch.full((tiling.tokens(cfg.vision, size),), cfg.vision.image_token, device=device)
+    pixels = torch.randn(tiling.tiles(cfg.vision, size), 3, side, side, device=device, dtype=dtype)
+    return Prompt(torch.cat([ids[:5], placeholders, ids[5:]])[: cfg.max_len], pixels, size)
+
+
+def _their_model(auto, path: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    model, info = auto.from_pretrained(path, dtype=dtype, output_loading_info=True)
     if wrong := {kind: sorted(names) for kind, names in info.items() if names}:
         raise BadCheckpoint(f"{path}: transformers did not load it as it is: {str(wrong)[:500]}")
     return model.to(device).eval()
 
 
-def _random_model(shape: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def _random_model(auto, shape: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     config = transformers.AutoConfig.for_model(**shapes.shape_config(shape))
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            model = auto.from_config(config, dtype=dtype).eval()
     finally:
         torch.set_default_dtype(torch.float32)
     generator = torch.Generator(device).manual_seed(0)
@@ -139,16 +163,31 @@ def _random_model(shape: str, dtype: torch.dtype, device: torch.device) -> torch
     return model
 
 
-def _their_forward(model: torch.nn.Module, prompts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    outs = [model(prompt[None], output_hidden_states=True, use_cache=False) for prompt in prompts]
+def _their_forward(model: torch.nn.Module, prompts: list[Prompt]) -> tuple[Tensor, list[Tensor]]:
+    outs = [
+        model(prompt.ids[None], output_hidden_states=True, use_cache=False, **_seen(model, prompt))
+        for prompt in prompts
+    ]
     depth = len(outs[0].hidden_states) - 1  # the last one is behind the final norm
     hidden = [torch.cat([out.hidden_states[i][0] for out in outs]) for i in range(depth)]
     return torch.cat([out.logits[0] for out in outs]), hidden
 
 
-def _our_forward(model, cfg, prompts: list[Tensor], dtype, device) -> tuple[Tensor, list[Tensor]]:
+def _seen(model: torch.nn.Module, prompt: Prompt) -> dict[str, Tensor]:
+    """The picture as transformers wants it."""
+    if prompt.pixels is None:
+        return {}
+    pixels = prompt.pixels.to(model.dtype)
+    if model.config.model_type == "llava":
+        return {"pixel_values": pixels}
+    return {"pixel_values": pixels[None], "image_sizes": torch.tensor([prompt.size], device=pixels.device)}
+
+
+def _our_forward(model, cfg: ModelConfig, prompts: list[Prompt], dtype, device) -> tuple[Tensor, list[Tensor]]:
     """All prompts in one ragged batch but for their last tokens, which follow as one batch of decodes."""
-    lengths = [len(prompt) for prompt in prompts]
+    lengths = [len(prompt.ids) for prompt in prompts]
+    text = model.text if cfg.vision else model
+    shown = _features(model, cfg, prompts, dtype) if cfg.vision else None
     pool = (cfg.num_layers, sum(lengths) + 1, cfg.kv_heads, cfg.head_dim)
     kv = KVPool(
         torch.full(pool, torch.nan, dtype=dtype, device=device), torch.full(pool, torch.nan, dtype=dtype, device=device)
@@ -160,12 +199,12 @@ def _our_forward(model, cfg, prompts: list[Tensor], dtype, device) -> tuple[Tens
         table[row, :n] = slots[starts[row] : starts[row] + n].int()
     captured: list[Tensor] = []
     keep = lambda _, given: captured.append(given[0].to(torch.float32, copy=True))  # noqa: E731 (blocks write to it)
-    hooks = [block.register_forward_pre_hook(keep) for block in model.blocks]
+    hooks = [block.register_forward_pre_hook(keep) for block in text.blocks]
     whole: dict[int, list[Tensor]] = {}
     for pieces in ([(0, n - 1) for n in lengths], [(n - 1, 1) for n in lengths]):
         pieces = [(row, done, n) for row, (done, n) in enumerate(pieces) if n]
         captured.clear()
-        logits = model(_batch(prompts, pieces, table, device), kv)
+        logits = model(_batch(prompts, shown, pieces, table, device), kv)
         at = 0
         for row, _, n in pieces:
             whole.setdefault(row, []).append(torch.stack([t[at : at + n] for t in captured]).transpose(0, 1))
@@ -178,13 +217,28 @@ def _our_forward(model, cfg, prompts: list[Tensor], dtype, device) -> tuple[Tens
     return logits, list(hidden.unbind(1))
 
 
-def _batch(prompts, pieces, table: Tensor, device) -> Batch:
+def _features(model, cfg: ModelConfig, prompts: list[Prompt], dtype) -> list[Tensor]:
+    """Of each prompt [tokens, hidden], zero where it has no picture."""
+    rows = []
+    for prompt in prompts:
+        rows.append(torch.zeros(len(prompt.ids), cfg.hidden, dtype=dtype, device=prompt.ids.device))
+        if prompt.pixels is not None:
+            [found] = model.encode(prompt.pixels, [prompt.size])
+            at = (prompt.ids == cfg.vision.image_token).nonzero()[:, 0]
+            rows[-1][at] = found[: len(at)]
+    return rows
+
+
+def _batch(prompts: list[Prompt], shown: list[Tensor] | None, pieces, table: Tensor, device) -> Batch:
     ints = dict(dtype=torch.int32, device=device)
     counts = [n for _, _, n in pieces]
     rows = torch.repeat_interleave(torch.tensor([r for r, _, _ in pieces]), torch.tensor(counts)).to(device)
     positions = torch.cat([torch.arange(done, done + n) for _, done, n in pieces]).to(device)
+    features = None
+    if shown is not None:
+        features = torch.cat([shown[row][done : done + n] for row, done, n in pieces])
     return Batch(
-        tokens=torch.cat([prompts[row][done : done + n] for row, done, n in pieces]),
+        tokens=torch.cat([prompts[row].ids[done : done + n] for row, done, n in pieces]),
         positions=positions,
         slots=table[rows, positions].long(),
         q_start=torch.tensor([0, *counts]).cumsum(0).to(**ints),
@@ -193,6 +247,8 @@ def _batch(prompts, pieces, table: Tensor, device) -> Batch:
         rows=torch.tensor([row for row, _, _ in pieces], **ints),
         logits_at=torch.arange(sum(counts), device=device),
         decodes=len(pieces) if max(counts) == 1 else 0,
+        features=features,
+        pictured=None if features is None else features.any(-1),
     )
 
 
