@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lite_llm.llm import DEMO
+from lite_llm.models.llava import Llava
 from lite_llm.rope import Rope
 from tools import diff
 
@@ -15,7 +16,10 @@ CPU = torch.device("cpu")
 ROOT = Path(diff.__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("model", [DEMO, DEMO.parent / "copy", "tiny-qwen2.5-0.5b"], ids=str)
+MODELS = [DEMO, DEMO.parent / "copy", "tiny-qwen2.5-0.5b", "tiny-llava-1.5-7b", "tiny-llava-1.6-mistral-7b"]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
 def test_a_right_model_is_within_rounding(model):
     for dtype in (torch.float32, torch.bfloat16):
         found = diff.compare(model, dtype, CPU, show_layers=False)
@@ -27,6 +31,13 @@ def test_a_wrong_rotation_is_found_at_its_layer(monkeypatch):
     monkeypatch.setattr(Rope, "tables", lambda rope, n: (right(rope, n)[0], -right(rope, n)[1]))
     found = diff.compare(DEMO, torch.bfloat16, CPU, show_layers=False)
     assert not found["ok"] and found["parts_at"] == 1
+
+
+def test_a_picture_upside_down_is_found_before_the_first_layer(monkeypatch):
+    right = Llava.encode
+    monkeypatch.setattr(Llava, "encode", lambda net, *args: [part.flip(0) for part in right(net, *args)])
+    found = diff.compare("tiny-llava-1.5-7b", torch.float32, CPU, show_layers=False)
+    assert not found["ok"] and found["parts_at"] == 0
 
 
 @pytest.mark.parametrize("arguments, code", [
