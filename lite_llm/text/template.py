@@ -96,7 +96,10 @@ class ChatTemplate:
         if not all(isinstance(text, str) for text in texts):
             raise BadCheckpoint(f"chat_template = {_short(template)}; expected a string, or strings by name")
         self.source = "\n".join(texts)
-        self._takes_parts = self._probe()
+        text, parts = self._probe(_PROBE), self._probe([{"type": "text", "text": _PROBE}])
+        self._takes_text = _PROBE in text  # LLaVA's templates drop a string without a word
+        # What knows strings alone may print a list as Python does.
+        self._takes_parts = parts == text if self._takes_text else _PROBE in parts
 
     def render(
         self,
@@ -117,21 +120,18 @@ class ChatTemplate:
     def _adapt(self, message: dict[str, Any], where: str) -> dict[str, Any]:
         if not message["content"]:  # only tool calls
             message = {key: value for key, value in message.items() if key != "content"}
-        elif not self._takes_parts:
+        elif not self._takes_parts or self._takes_text and all(part["type"] == "text" for part in message["content"]):
             message = message | {"content": text_of(message, where)}
         if message["role"] == "developer" and "developer" not in self.source:
             message = message | {"role": "system"}  # the same thing, and older templates drop the unknown role
         return message
 
-    def _probe(self) -> bool:
-        """Whether content must come as parts: LLaVA's templates drop a string without a word."""
-        for content, takes_parts in ((_PROBE, False), ([{"type": "text", "text": _PROBE}], True)):
-            try:
-                if _PROBE in self._apply([{"role": "user", "content": content}], add_generation_prompt=True):
-                    return takes_parts
-            except UsageError:
-                continue  # the template wants more than one user message; broken ones raise BadCheckpoint
-        return False
+    def _probe(self, content: object) -> str:
+        """What becomes of content of this form; "" if it is refused."""
+        try:
+            return self._apply([{"role": "user", "content": content}], add_generation_prompt=True)
+        except UsageError:
+            return ""  # not this form, or the template wants more than one message; broken ones raise BadCheckpoint
 
     def _apply(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:

@@ -216,6 +216,18 @@ def test_a_template_that_wants_parts_gets_them():
     assert ours.chat_ids(user(split)).count(image) == 1
 
 
+def test_a_template_that_takes_both_gets_text_as_text_and_pictures_as_parts():
+    template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}|{% else %}"
+        "{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}|"
+        "{% endif %}{% endfor %}"
+    )
+    ours, _ = load(template=template)
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    shown = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert ours.decode(ours.chat_ids([*user(parts), *user(shown)])) == "a\nb|<image>What?|"
+
+
 def test_tools_reach_the_template_as_text():
     ours, _ = load(template="{{ tools | tojson }}{% for m in messages %}{{ m.tool_calls | tojson }}{% endfor %}")
     tools = [{"type": "function", "function": {"name": "f", "description": '<|eot_id|> "q"'}}]
