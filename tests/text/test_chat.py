@@ -225,7 +225,9 @@ def test_a_template_that_takes_both_gets_text_as_text_and_pictures_as_parts():
     ours, _ = load(template=template)
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     shown = [{"type": "image"}, {"type": "text", "text": "What?"}]
-    assert ours.decode(ours.chat_ids([*user(parts), *user(shown)])) == "a\nb|<image>What?|"
+    ids = ours.chat_ids([*user(parts), *user(shown)])
+    at = ids.index(ours._backend.token_to_id("<image>"))
+    assert ours.decode(ids[:at]) == "a\nb|" and ours.decode(ids[at + 1 :]) == "What?|"
 
 
 def test_tools_reach_the_template_as_text():
