@@ -41,6 +41,7 @@ class EngineConfig:
     kv_tokens: int | None = None  # slots of the KV pool
     max_requests: int = 64  # requests that advance together
     step_tokens: int = 2048  # token budget of one step
+    max_slowdown: float | None = None  # a step with prompts takes at most this many times one without; None: any time
     prefix_cache: bool = True  # keep the KV of finished requests for prompts that begin alike
     cuda_graphs: bool = True  # on a GPU: record each shape of step once, and replay it
     memory_fraction: float = 0.9  # share of the device's free memory that weights, workspace and pool may take
@@ -54,6 +55,9 @@ class EngineConfig:
                 raise UsageError(f"{name} = {value!r}; expected a whole number of at least 1")
         if type(self.memory_fraction) not in (int, float) or not 0 < self.memory_fraction <= 1:
             raise UsageError(f"memory_fraction = {self.memory_fraction!r}; expected more than 0 and at most 1")
+        slow = self.max_slowdown
+        if slow is not None and (type(slow) not in (int, float) or not 1 <= slow <= 1e6):
+            raise UsageError(f"max_slowdown = {slow!r}; expected a number of at least 1")
         if not isinstance(self.ignore_config, (tuple, list)) or not all(type(k) is str for k in self.ignore_config):
             raise UsageError(f"ignore_config = {self.ignore_config!r}; expected a tuple of config.json keys")
         for name in ("prefix_cache", "cuda_graphs"):

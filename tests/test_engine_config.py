@@ -21,6 +21,8 @@ def test_engine_sizes_are_whole_numbers(field, value):
     (dict(memory_fraction="0.5"), "memory_fraction"), (dict(prefix_cache=1), "prefix_cache"),
     (dict(ignore_config="key"), "ignore_config"),
     (dict(dtype="int8"), "dtype"),
+    (dict(max_slowdown=0.9), "max_slowdown"), (dict(max_slowdown=NAN), "max_slowdown"),
+    (dict(max_slowdown="2"), "max_slowdown"), (dict(max_slowdown=True), "max_slowdown"),
     (dict(step_tokens=8, max_requests=9), "step_tokens"),
 ])  # fmt: skip
 def test_engine_settings_out_of_range_are_refused(changes, key):

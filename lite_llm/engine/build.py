@@ -119,6 +119,7 @@ class Blueprint:
             self._pool(),
             max_requests=self.config.max_requests,
             step_tokens=self.config.step_tokens,
+            max_slowdown=self.config.max_slowdown,
             prefix_cache=self.config.prefix_cache,
             usable_vocab=usable_vocab,
             ahead=_AHEAD if self.device.type == "cuda" else 0,

@@ -53,6 +53,7 @@ class Engine:
         *,
         max_requests: int,
         step_tokens: int,
+        max_slowdown: float | None = None,
         prefix_cache: bool = True,
         usable_vocab: int | None = None,
         ahead: int = 0,
@@ -61,7 +62,7 @@ class Engine:
         """`cfg.max_len` is the context: no request grows longer. `usable_vocab`: ids from there on are padding.
 
         `ahead`: steps that may be under way when another is launched. `graphs`: pad steps to the shapes of
-        `runner.shapes`, which `warm` then records.
+        `runner.shapes`, which `warm` then records. `max_slowdown` holds for these, once they are timed.
         """
         self.model, self.cfg, self.kv, self.ahead = model, cfg, kv, ahead
         device = kv.k.device
@@ -71,7 +72,8 @@ class Engine:
         prefix = PrefixCache() if prefix_cache else NoPrefix()
         fixed = runner.shapes(max_requests, step_tokens) if graphs else []
         prompts = max(shape.prompts for shape in fixed) if graphs else max_requests
-        self.scheduler = Scheduler(SlotPool(kv.k.shape[1]), max_requests, step_tokens, prefix, prompts)
+        self.max_slowdown = max_slowdown
+        self.scheduler = Scheduler(SlotPool(kv.k.shape[1]), max_requests, step_tokens, prefix, prompts, self._beside)
         most = Shape(max_requests, prompts, step_tokens)
         with self._on_stream():
             self.state = DeviceState(max_requests, cfg.max_len, cfg.vocab, ahead + 2, device)
@@ -93,7 +95,7 @@ class Engine:
             with self._on_stream():
                 with warm.ahead_of_time(self.kv.k.device, say):
                     self.runner.rehearse()
-                self.runner.capture(say)
+                self.runner.capture(say, timed=self.max_slowdown is not None)
                 self.state.step.fill_(self._line)
 
     def finish(self) -> None:
@@ -148,6 +150,12 @@ class Engine:
                     self.scheduler.cancel(request, "error")
                 raise
         return news
+
+    def _beside(self, decodes: int) -> int:
+        """Most tokens of prompts in a step in which so many requests decode."""
+        if self.max_slowdown is None or not self.runner.seconds:
+            return self.scheduler.step_tokens
+        return self.runner.beside(decodes, self.max_slowdown)
 
     @property
     def _line(self) -> int:

@@ -76,6 +76,7 @@ class Runner:
         self.model, self.kv, self.state, self.usable, self.fixed = model, kv, state, usable, list(fixed)
         self.encoder = encoder
         self.graphs: dict[tuple[Shape, bool], torch.cuda.CUDAGraph] = {}
+        self.seconds: dict[Shape, float] = {}  # that shapes take, filled with pads
         requests, tokens = most.requests, most.decodes + most.tokens
         sizes = dict.fromkeys(("rows", "samples", "kv_len", "logits_at"), requests)
         sizes |= {"q_start": requests + 1} | dict.fromkeys(("tokens", "positions", "slots", "pictured"), tokens)
@@ -93,6 +94,16 @@ class Runner:
             if decodes <= shape.decodes and prompts <= shape.prompts and tokens <= shape.tokens:
                 return shape
         raise AssertionError(f"no shape for {decodes} decodes and {prompts} prompts of {tokens} tokens")
+
+    def beside(self, decodes: int, slowdown: float) -> int:
+        """Most tokens of prompts in a step that takes at most `slowdown` times one of `decodes` requests alone.
+
+        If no timed shape is that fast, those of the smallest, for prompts must get on.
+        """
+        most = slowdown * self.seconds[self.fit(decodes, 0, 0)]
+        mixed = [shape for shape in self.seconds if shape.prompts and shape.decodes >= decodes]
+        fast = [shape.tokens for shape in mixed if self.seconds[shape] <= most]
+        return max(fast, default=min(shape.tokens for shape in mixed))
 
     def send(self, shape: Shape, rows: list[int], prompts: Sequence[Piece]) -> None:
         """Fill the inputs: rows that decode, and pieces of prompts."""
@@ -134,8 +145,8 @@ class Runner:
         else:
             self._step(shape, adjusted)
 
-    def capture(self, say: Say) -> None:
-        """Run every fixed shape once with pads alone, then record its graph."""
+    def capture(self, say: Say, timed: bool = False) -> None:
+        """Run every fixed shape once with pads alone, then record its graph; `timed`: and time it."""
         todo = [(shape, adjusted) for shape in reversed(self.fixed) for adjusted in (True, False)]
         if self.raw is None:
             self._allocate()
@@ -143,7 +154,9 @@ class Runner:
         for done, (shape, adjusted) in enumerate(todo):
             say("capturing graphs", done, len(todo))
             self.send(shape, [], [])
-            self.graphs[shape, adjusted] = record(lambda: self._step(shape, adjusted), pool)  # noqa: B023
+            graph = self.graphs[shape, adjusted] = record(lambda: self._step(shape, adjusted), pool)  # noqa: B023
+            if timed and not adjusted:
+                self.seconds[shape] = _seconds(graph)
         say("capturing graphs", len(todo), len(todo))
         if self.encoder is not None:
             self.encoder.capture(pool, say)
@@ -202,3 +215,13 @@ class Runner:
         dtype = weight.dtype if weight is not None else torch.float32
         shape = (len(self._inputs["rows"]), self.state.vocab)
         self.raw = torch.zeros(shape, dtype=dtype, device=self.state.device)
+
+
+def _seconds(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(2):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 2e3

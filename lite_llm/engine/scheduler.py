@@ -5,6 +5,7 @@ Every slot of the pool is at any time the pad slot, free, owned by the prefix ca
 
 import itertools
 from collections import deque
+from collections.abc import Callable
 
 from lite_llm.engine.prefix import NoPrefix, PrefixCache
 from lite_llm.engine.request import Request
@@ -27,11 +28,19 @@ class Scheduler:
     """
 
     def __init__(
-        self, slots: SlotPool, max_requests: int, step_tokens: int, prefix: PrefixCache | NoPrefix, prompts: int
+        self,
+        slots: SlotPool,
+        max_requests: int,
+        step_tokens: int,
+        prefix: PrefixCache | NoPrefix,
+        prompts: int,
+        beside: Callable[[int], int] | None = None,
     ):
-        """`prompts`: most requests in a step that advance by tokens which the device does not hold."""
+        """`prompts`: most requests in a step that advance by tokens which the device does not hold. `beside` says how
+        many such tokens a step may have, by the number of requests that decode in it; None: all that fit.
+        """
         assert step_tokens >= max_requests, "every running request must fit in a step"
-        self.prompts = prompts
+        self.prompts, self.beside = prompts, beside
         self.slots, self.prefix, self.step_tokens = slots, prefix, step_tokens
         self.max_requests = max_requests
         self.free_rows = list(range(max_requests))[::-1]
@@ -61,7 +70,7 @@ class Scheduler:
 
     def plan(self) -> Plan:
         plan: Plan = []
-        spare, prompts = self.step_tokens - len(self.running), self.prompts
+        spare, prompts = self._spare(), self.prompts
         for request in list(self.running):
             if request.row is None or request.satisfied or not (request.decoding or prompts):
                 continue  # preempted for an older one this step, or done but for its last token, or not now
@@ -125,6 +134,14 @@ class Scheduler:
         assert sorted(rows) == list(range(self.max_requests)), "a table row is lost or given twice"
         assert all(len(request.slots) >= request.cached for request in self.running)
         assert all(request.row is None and not request.slots for request in self.waiting)
+
+    def _spare(self) -> int:
+        """Tokens of a step beyond one for each running request."""
+        spare, decodes = self.step_tokens - len(self.running), sum(r.decoding for r in self.running)
+        reading = len(self.running) - decodes
+        if self.beside is not None and decodes and (reading or self.waiting):
+            spare = min(spare, max(self.beside(decodes) - reading, 0))
+        return spare
 
     @property
     def _full(self) -> bool:

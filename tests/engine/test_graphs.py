@@ -43,6 +43,17 @@ def test_every_plan_fits_the_smallest_shape_that_holds_it():
                 assert prompts or shape == Shape(shape.decodes, 0, 0)
 
 
+def test_prompts_beside_decodes_take_what_timed_shapes_allow():
+    chooser = runner.Runner.__new__(runner.Runner)
+    chooser.fixed = runner.shapes(64, 2048)
+    chooser.seconds = {shape: 1.0 + 0.01 * shape.decodes + 0.005 * shape.tokens for shape in chooser.fixed}
+    for decodes, slowdown, tokens in ((1, 2.0, 128), (1, 1.3, 32), (8, 2.0, 128), (64, 2.0, 256), (64, 100.0, 2048)):
+        assert chooser.beside(decodes, slowdown) == tokens
+        alone, mixed = chooser.fit(decodes, 0, 0), chooser.fit(decodes, 1, tokens)
+        assert chooser.seconds[mixed] <= slowdown * chooser.seconds[alone]
+    assert chooser.beside(8, 1.0) == 16  # none is that fast
+
+
 def config_of(max_len: int) -> ModelConfig:
     return dataclasses.replace(tiny_config(200, max_len), hidden=64, head_dim=16, rope=Rope(theta=100.0, rotary=16))
 

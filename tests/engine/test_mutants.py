@@ -52,6 +52,8 @@ def scheduler() -> None:
     test_scheduler.test_an_evicted_request_is_next_in_line()
     test_scheduler.test_a_request_alone_may_fill_the_pool_to_the_last_slot(True)
     test_scheduler.test_no_decode_waits_for_a_long_prompt()
+    test_scheduler.test_prompts_take_no_more_beside_decodes_than_they_may()
+    test_scheduler.test_prompts_get_on_even_where_they_may_take_nothing()
     run_state_machine_as_test(test_scheduler.SchedulerMachine, settings=QUICK)
 
 
@@ -136,7 +138,9 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("low = middle\n", "low = high\n", prefix),
     ],
     "scheduler": [
-        ("= self.step_tokens - len(self.running), self", "= self.step_tokens, self", scheduler),
+        ("= self.step_tokens - len(self.running), sum", "= self.step_tokens, sum", scheduler),
+        ("self.beside(decodes) - reading, 0)", "self.beside(decodes) + reading, 0)", scheduler),
+        ("and decodes and (reading or", "and (reading or", scheduler),
         ("youngest = self.running[-1]", "youngest = self.running[0]", scheduler),
         ("self.waiting.appendleft(request)", "self.waiting.append(request)", scheduler),
         ("request.keys(len(request.ids) - 1)", "request.keys(len(request.ids))", scheduler),

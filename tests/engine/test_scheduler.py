@@ -211,6 +211,39 @@ def test_no_decode_waits_for_a_long_prompt():
     assert steps == -(-80 // 3)
 
 
+def test_prompts_take_no_more_beside_decodes_than_they_may():
+    sim = Simulation(slots=400, rows=8, step_tokens=64)
+    sim.scheduler.beside = lambda decodes: {1: 20, 2: 10, 3: 1}[decodes]
+    long = sim.add([1, 0] * 100, 4)
+    assert dict(sim.step()) == {long: 64}  # nobody decodes yet
+    first = sim.add([0], 60)
+    while not long.decoding:
+        plan = dict(sim.step())
+        assert sum(n for request, n in plan.items() if request is not first or not first.decoding) <= 64
+    second, tiny = sim.add([1, 1, 0] * 10, 60), sim.add([0, 0], 60)
+    seen = []
+    while not (second.decoding and tiny.decoding):
+        decodes = sum(request.decoding for request in sim.scheduler.running)
+        plan = dict(sim.step())
+        seen.append((decodes, sum(plan.values()) - decodes))
+    assert seen[0] == (2, 10) and all(tokens <= {2: 10, 3: 1}[decodes] for decodes, tokens in seen), seen
+
+
+def test_prompts_get_on_even_where_they_may_take_nothing():
+    sim = Simulation(slots=200, rows=4, step_tokens=64)
+    sim.scheduler.beside = lambda decodes: 0
+    sim.add([0], 100), sim.add([1], 100), sim.step()
+    late = sim.add([1, 0] * 9, 2)
+    sim.step()
+    assert late.row is None  # it may not begin ...
+    sim.scheduler.beside = lambda decodes: 5
+    sim.step()
+    sim.scheduler.beside = lambda decodes: 0
+    for _ in range(13):
+        sim.step()
+    assert late.output_len == 1  # ... but goes on, a token at a time
+
+
 def test_tiny_requests_start_while_a_long_prompt_is_computed_only_after_it_and_in_order():
     """SCH-07 the other way round: first come, first served; nobody is passed."""
     sim = Simulation(slots=100, rows=4, step_tokens=8)
