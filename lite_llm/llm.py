@@ -210,8 +210,16 @@ class LLM:
 
     # ---- the step API
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None) -> str:
-        """Queue a prompt; returns its id. UsageError for a bad prompt, ContextExceeded for one that is too long."""
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None, salt: str = ""
+    ) -> str:
+        """Queue a prompt; returns its id. UsageError for a bad prompt, ContextExceeded for one that is too long.
+
+        Prefixes are shared only with requests of the same `salt`: users who get one each cannot tell by the time that
+        an answer takes what others have asked.
+        """
+        if not isinstance(salt, str):
+            raise UsageError(f"salt is a {type(salt).__name__}; expected text")
         asked, params = self.read(prompt), (params or SamplingParams()).resolved(self.generation_config)
         name = id if id is not None else f"request-{next(self._names)}"
         if name in self._streams:
@@ -222,7 +230,7 @@ class LLM:
         try:
             for index in range(params.n):
                 own = dataclasses.replace(params, n=1, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
-                request = Request(list(asked.ids), own, stops, limit, asked.pictures)
+                request = Request(list(asked.ids), own, stops, limit, asked.pictures, salt)
                 self.engine.add(request)
                 streams.append(Answer(name, index, request, self.tokenizer))
         except UsageError:

@@ -30,6 +30,8 @@ _RANGES = {
 _DEFAULTS = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 COLDEST = 1e-4
 """Temperatures below this are greedy: logits / temperature would leave fp32's useful range."""
+_ABOVE_PICTURES = 320
+"""Bits that no key of a token or a picture reaches."""
 MOST_BIAS = 1e9
 """Enough to force or ban a token; a logit with it, divided by the coldest temperature, stays finite in fp32."""
 
@@ -154,6 +156,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()  # tokens that end the answer; part of ids, never of the text
     max_len: int = 1 << 62  # prompt and answer together
     pictures: tuple[tuple[int, Tiles], ...] = ()  # and the first of each one's placeholders in `ids`; in order
+    salt: str = ""  # requests of another salt share no cached prefix with this one
     prompt_len: int = -1
     cached: int = 0  # tokens whose K and V are in the pool, or will be by the steps under way
     flying: int = 0  # tokens that the steps under way will bring
@@ -184,10 +187,14 @@ class Request:
         return len(self.ids) - self.prompt_len
 
     def keys(self, end: int) -> list[int]:
-        """The first `end` tokens as the prefix cache compares them: placeholders by what they stand for."""
+        """The first `end` tokens as the prefix cache compares them: placeholders by what they stand for, and in the
+        first one the salt."""
         keys = self.ids[:end]
         for start, tiles in self.pictures:
             keys[start : start + tiles.tokens] = tiles.keys[: max(end - start, 0)]
+        if self.salt and keys:
+            hashed = hashlib.blake2b(self.salt.encode("utf-8", "surrogatepass"), digest_size=32).digest()
+            keys[0] += (int.from_bytes(hashed, "big") + 1) << _ABOVE_PICTURES
         return keys
 
     def parts(self, first: int, end: int) -> list[Part]:

@@ -276,3 +276,6 @@ def test_parts_and_keys_of_a_prompt():
             cut = [(part.at + i, part.first + i) for part in request.parts(first, end) for i in range(part.count)]
             want = [(at - first, (at - 1) % 5) for at in range(first, end) if at not in (0, 5)]
             assert cut == want
+    salted = dataclasses.replace(request, salt="ada")
+    assert salted.keys(0) == [] and salted.keys(8)[1:] == request.keys(8)[1:]
+    assert salted.keys(1)[0] > max(request.keys(8))

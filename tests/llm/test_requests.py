@@ -59,6 +59,20 @@ def test_the_step_interface(llm):
     llm.abort("never heard of")
 
 
+def test_a_prefix_is_shared_within_its_salt_alone(llm):
+    prompt = "Hello there, how do you do"
+    found = []
+    for salt in ("", "ada", "", "ada", "bob", "ada\ud800"):
+        name = llm.add_request(prompt, params(), salt=salt)
+        while not llm.finished(name):
+            llm.step()
+        found.append(llm.result(name))
+        llm.forget(name)
+    hits = [output.usage.cached_tokens > 0 for output in found]
+    assert hits[1:] == [False, True, True, False, False]
+    assert len({output.text for output in found}) == 1
+
+
 def test_an_aborted_answer_keeps_what_it_said(llm):
     free = llm.generate("Hello", params(max_tokens=30))
     for steps in (0, 1, 2, 7, 15):
@@ -190,6 +204,7 @@ def test_the_context_manager_closes(checkpoint):
     (lambda llm: llm.chat("Hello"), "list of messages, not a str"), (lambda llm: llm.chat(5), "not a int"),
     (lambda llm: llm.generate(None), "NoneType"), (lambda llm: llm.generate("hi", "params"), "params is a str"),
     (lambda llm: llm.generate("x" * 128 * 256 + "x"), "characters"),
+    (lambda llm: llm.add_request("x", salt=5), "salt is a int"),
 ])  # fmt: skip
 def test_arguments_of_a_wrong_kind_are_named(llm, call, said):
     with pytest.raises(UsageError, match=said):
