@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--shape", action="append", default=[], help="a named shape with random weights")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and random weights")
     parser.add_argument("--layers", action="store_true", help="print every layer")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
@@ -59,7 +60,7 @@ def main() -> int:
     results = []
     for name in [*args.checkpoint, *args.shape]:
         try:
-            result = compare(name, getattr(torch, args.dtype), torch.device(args.device), args.layers)
+            result = compare(name, getattr(torch, args.dtype), torch.device(args.device), args.layers, args.seed)
         except LiteLLMError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
@@ -78,7 +79,7 @@ def main() -> int:
 
 
 @torch.inference_mode()
-def compare(name: Path | str, dtype: torch.dtype, device: torch.device, show_layers: bool) -> dict:
+def compare(name: Path | str, dtype: torch.dtype, device: torch.device, show_layers: bool, seed: int = 0) -> dict:
     """Errors of both sides against float32, as norms relative to float32's; see the file's head."""
     started = time.monotonic()
     checkpoint = open_checkpoint(name) if isinstance(name, Path) else None
@@ -88,7 +89,10 @@ def compare(name: Path | str, dtype: torch.dtype, device: torch.device, show_lay
     cfg = registry.parse(hf)
     module, cls = registry.find(cfg.architecture)
     auto = transformers.AutoModelForImageTextToText if cfg.vision else transformers.AutoModelForCausalLM
-    theirs = _random_model(auto, name, dtype, device) if checkpoint is None else _their_model(auto, name, dtype, device)
+    if checkpoint is None:
+        theirs = _random_model(auto, name, dtype, device, seed)
+    else:
+        theirs = _their_model(auto, name, dtype, device)
     ours = cls(LayerFactory(dtype, device), cfg)
     if checkpoint is None:
         rules.load(ours, module.RULES, theirs.state_dict().items())
@@ -96,7 +100,7 @@ def compare(name: Path | str, dtype: torch.dtype, device: torch.device, show_lay
         load_weights(ours, checkpoint, module.RULES)
     ours.eval()
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     prompts = [_draw(cfg, row, length, dtype, device) for row, length in enumerate(LENGTHS)]
     got, got_layers = _our_forward(ours, cfg, prompts, dtype, device)
     rounded, rounded_layers = _their_forward(theirs, prompts)
@@ -149,7 +153,7 @@ def _their_model(auto, path: Path, dtype: torch.dtype, device: torch.device) -> 
     return model.to(device).eval()
 
 
-def _random_model(auto, shape: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def _random_model(auto, shape: str, dtype: torch.dtype, device: torch.device, seed: int) -> torch.nn.Module:
     config = transformers.AutoConfig.for_model(**shapes.shape_config(shape))
     torch.set_default_dtype(dtype)
     try:
@@ -157,7 +161,7 @@ def _random_model(auto, shape: str, dtype: torch.dtype, device: torch.device) ->
             model = auto.from_config(config, dtype=dtype).eval()
     finally:
         torch.set_default_dtype(torch.float32)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     for key, parameter in model.named_parameters():  # biases and norms too, which transformers would leave at 0 and 1
         parameter.data.normal_(1.0 if "norm" in key else 0.0, 0.1 if "norm" in key else 0.02, generator=generator)
     return model

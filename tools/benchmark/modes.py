@@ -127,7 +127,7 @@ def accuracy(bench: Bench, job: Job, labels: Sequence[str], directory: str | Non
         target = [directory] if directory else ["--shape", bench.facts.model.shape]
         bench.say("logits and hidden states, layer by layer")
         command = [sys.executable, ROOT / "tools" / "diff.py", *target, "--json", file.name]
-        command += ["--dtype", bench.facts.dtype, "--device", bench.facts.device]
+        command += ["--dtype", bench.facts.dtype, "--device", bench.facts.device, "--seed", str(bench.facts.model.seed)]
         done = subprocess.run(command, capture_output=True, text=True)
         if not (text := Path(file.name).read_text()):
             raise SideFailed(f"tools/diff.py: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
