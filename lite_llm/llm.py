@@ -230,6 +230,8 @@ class LLM:
         try:
             for index in range(params.n):
                 own = dataclasses.replace(params, n=1, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
+                if index:
+                    own = dataclasses.replace(own, prompt_logprobs=None)  # the first one tells them
                 request = Request(list(asked.ids), own, stops, limit, asked.pictures, salt)
                 self.engine.add(request)
                 streams.append(Answer(name, index, request, self.tokenizer))
@@ -273,6 +275,7 @@ class LLM:
             usage=Usage(first.prompt_len, first.prefix_hit, sum(s.request.output_len for s in streams)),
             timings=Timings(latency, spent, rate),
             params=first.params,
+            prompt_logprobs=tuple(first.prompt_logprobs),
         )
 
     def forget(self, id: str) -> None:

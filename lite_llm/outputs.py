@@ -59,6 +59,7 @@ class Output:
     usage: Usage
     timings: Timings
     params: SamplingParams  # as used: defaults filled in
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens but the first
 
     @property
     def text(self) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lite_llm.batch import KVPool
 from lite_llm.config import ModelConfig
 from lite_llm.engine import runner
+from lite_llm.engine.logprobs import gather, read
 from lite_llm.engine.prefix import NoPrefix, PrefixCache
-from lite_llm.engine.request import Request, TokenLogprobs
+from lite_llm.engine.request import Request
 from lite_llm.engine.runner import Piece, Runner, Shape
 from lite_llm.engine.scheduler import Plan, Scheduler
 from lite_llm.engine.slots import SlotPool
@@ -34,7 +35,8 @@ class Flight:
 
     places: list[tuple[Request, int]]  # requests that get a token, and their place in the batch
     line: int  # of the ring
-    logprobs: Tensor | None  # [len(places), 1 + 2 * most]: of the token, of the best ones, and their ids
+    logprobs: Tensor | None  # numbers for `logprobs.read`, a row for each of `places`
+    revealed: list[tuple[Request, int, Tensor]]  # of prompts: the same, of the tokens behind a position
     landed: torch.cuda.Event | None  # None: it ran when it was launched
 
     @property
@@ -174,17 +176,18 @@ class Engine:
         shape = self.runner.fit(len(rows), len(prompts), sum(n for _, n in plan) - len(rows))
         adjusted = any(request.adjusted for request in requests)
         self.runner.send(shape, rows, prompts)
-        self.runner.run(shape, adjusted)
+        self.runner.run(shape, adjusted, reveal=any(request.revealing for request in requests))
         # Decodes come first in plan and batch; the prompts stand behind the pads of the decodes.
         places = [i if i < len(rows) else i - len(rows) + shape.decodes for i in range(len(plan))]
         sampled = [(r, place) for (r, n), place in zip(plan, places, strict=True) if n == r.pending]
         logprobs = self._logprobs(sampled) if any(r.params.logprobs is not None for r, _ in sampled) else None
+        revealed = self._revealed(plan[len(rows) :])
         landed = torch.cuda.Event() if self.stream else None
         if landed:
             landed.record()
         self.launched += 1
         self.scheduler.launched(plan)
-        return Flight(sampled, self._line, logprobs, landed)
+        return Flight(sampled, self._line, logprobs, revealed, landed)
 
     def _land(self, flight: Flight) -> list[Request]:
         """Read a step's tokens and commit them."""
@@ -196,21 +199,34 @@ class Engine:
         if flight.logprobs is not None:
             for request, token, numbers in zip(requests, tokens, flight.logprobs, strict=True):
                 if request.finish_reason is None and request.params.logprobs is not None and token >= 0:
-                    request.logprobs.append(_logprobs(token, numbers, request.params.logprobs))
+                    request.logprobs.append(read(token, numbers, request.params.logprobs))
+        for request, first, numbers in flight.revealed:
+            for position, row in enumerate(numbers, start=first + 1):
+                # One that gave way in the middle of its prompt computes some tokens twice.
+                if request.finish_reason is None and position == len(request.prompt_logprobs) + 1:
+                    token, most = request.ids[position], request.params.prompt_logprobs
+                    request.prompt_logprobs.append(read(token, row, most))
         self.scheduler.commit(requests, tokens)
         return [request for request, was in zip(requests, running, strict=True) if was]
 
     def _logprobs(self, sampled: list[tuple[Request, int]]) -> Tensor:
-        """Numbers for `_logprobs`, on their way to the CPU: fp32, the ids as bits of int32."""
-        most = min(max(r.params.logprobs or 0 for r, _ in sampled), self.cfg.vocab)
+        most = max(r.params.logprobs or 0 for r, _ in sampled)
         pieces = {"rows": [r.row for r, _ in sampled], "places": [place for _, place in sampled]}
         t = self.state.upload({name: np.array(piece, dtype=np.int32) for name, piece in pieces.items()})
-        logprobs = self.runner.raw[t["places"].long()].float().log_softmax(-1)
-        own = logprobs.gather(1, self.state.last[t["rows"].long()].clamp(min=0).long()[:, None])
-        values, ids = logprobs.topk(most)
-        numbers = torch.cat([own, values, ids.int().view(torch.float32)], 1)
-        there = torch.empty(numbers.shape, dtype=torch.float32, pin_memory=self.stream is not None)
-        return there.copy_(numbers, non_blocking=True)
+        return gather(self.runner.raw[t["places"].long()], self.state.last[t["rows"].long()], most)
+
+    def _revealed(self, pieces: Plan) -> list[tuple[Request, int, Tensor]]:
+        """What the tokens of prompts in a step tell of those behind them."""
+        found, at = [], 0
+        for request, n in pieces:
+            if request.revealing:
+                first, end = request.cached, min(request.cached + n, request.prompt_len - 1)
+                ids = np.array(request.ids[first + 1 : end + 1], dtype=np.int32)
+                logits = self.runner.revealed[at : at + end - first]
+                tokens = self.state.upload({"ids": ids})["ids"]
+                found.append((request, first, gather(logits, tokens, request.params.prompt_logprobs)))
+            at += n
+        return found
 
 
 def _piece(request: Request, n: int) -> Piece:
@@ -223,9 +239,3 @@ def _piece(request: Request, n: int) -> Piece:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """One for all engines of a process: libraries keep a workspace for each stream, and our kernels tickets."""
     return torch.cuda.Stream(device)
-
-
-def _logprobs(token: int, numbers: Tensor, k: int) -> TokenLogprobs:
-    most = len(numbers) // 2
-    values, ids = numbers[1 : 1 + most], numbers[1 + most :].view(torch.int32)
-    return TokenLogprobs(token, numbers[0].item(), tuple(zip(ids[:k].tolist(), values[:k].tolist(), strict=True)))

@@ -8,6 +8,7 @@ import torch
 from lite_llm.config import EngineConfig, ModelConfig
 from lite_llm.engine import vision
 from lite_llm.engine.runner import shapes
+from lite_llm.engine.scheduler import MOST_REVEALED
 from lite_llm.errors import DoesNotFit, UsageError
 
 GIB = 1 << 30
@@ -79,6 +80,7 @@ def plan_memory(
         wide = 5 * cfg.hidden + 2 * (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim + 3 * cfg.ffn
         rows = config.max_requests + 1
         logits = 2 * rows * cfg.vocab * (2 * item + 4 * 2)  # a step may hold as many prompts as decodes
+        logits += (config.max_requests * item + MOST_REVEALED * (item + 4 * 2)) * cfg.vocab
         tables = rows * (4 * context + 8 * cfg.vocab) + 4 * context * cfg.rope.rotary
         tokens = config.step_tokens + config.max_requests
         partial = partial_sums(cfg, config.max_requests, context) if device.type == "cuda" else 0

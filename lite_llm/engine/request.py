@@ -25,6 +25,7 @@ _RANGES = {
     "frequency_penalty": (float, -100, 100),
     "seed": (int, -(2**63), 2**63 - 1),
     "logprobs": (int, 0, 20),
+    "prompt_logprobs": (int, 0, 20),
     "n": (int, 1, 64),
 }
 _DEFAULTS = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
@@ -58,6 +59,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report per token; 0: the chosen token only
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens but the first
     n: int = 1  # answers per prompt; answer i uses seed + i
 
     def __post_init__(self):
@@ -89,7 +91,7 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", {token: float(bias) for token, bias in self.logit_bias.items()})
 
     def resolved(self, generation_config: Mapping[str, object]) -> "SamplingParams":
-        """With every None but max_tokens and logprobs replaced: by `generation_config`, else by the neutral value."""
+        """With None replaced by `generation_config`, else by the neutral value, wherever None is no value."""
         given = {name: generation_config[name] for name in _DEFAULTS if generation_config.get(name) is not None}
         if generation_config.get("do_sample"):
             given.setdefault("temperature", 1.0)
@@ -168,6 +170,7 @@ class Request:
     held: int = -1  # position of the token that the device holds, ready to be computed; -1: none
     finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     logprobs: list["TokenLogprobs"] = field(default_factory=list)
+    prompt_logprobs: list["TokenLogprobs"] = field(default_factory=list)  # from the second token on, as they come
     prefix_hit: int = 0  # prompt tokens whose K and V were already there, at first admission
     preemptions: int = 0
     arrived: float = field(default_factory=time.monotonic)
@@ -215,6 +218,12 @@ class Request:
     def decoding(self) -> bool:
         """Whether its next step needs nothing from the CPU."""
         return self.held == self.cached
+
+    @property
+    def revealing(self) -> bool:
+        """Whether the logits of the tokens that it computes next are wanted, for they tell the prompt's logprobs."""
+        wanted = self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len - 1
+        return wanted and self.cached + 1 < self.prompt_len
 
     @property
     def satisfied(self) -> bool:

@@ -11,6 +11,7 @@ from lite_llm import ops
 from lite_llm.batch import Batch, KVPool
 from lite_llm.engine.graphs import record
 from lite_llm.engine.request import Part
+from lite_llm.engine.scheduler import MOST_REVEALED
 from lite_llm.engine.state import DeviceState
 from lite_llm.engine.vision import Encoder
 from lite_llm.ops.warm import Say
@@ -85,6 +86,7 @@ class Runner:
         self._sent: tuple[Shape, list[int]] | None = None  # the decodes that the buffers hold, if nothing else
         # The logits before any penalty, for whoever wants their logprobs.
         self.raw: Tensor | None = None
+        self.revealed = torch.empty(0)  # of all tokens of the last step that was to reveal them
 
     def fit(self, decodes: int, prompts: int, tokens: int) -> Shape:
         """The smallest shape that holds a step."""
@@ -137,13 +139,14 @@ class Runner:
             self.encoder.show_(shown)
         self._sent = None if prompts else (shape, list(rows))
 
-    def run(self, shape: Shape, adjusted: bool) -> None:
-        """One step; `adjusted`: some request has penalties, biases, a least length, or wants logprobs."""
+    def run(self, shape: Shape, adjusted: bool, reveal: bool = False) -> None:
+        """One step; `adjusted`: some request has penalties, biases, a least length, or wants logprobs. `reveal` keeps
+        the logits of all tokens of prompts, for at most MOST_REVEALED of them; no graph does."""
         graph = self.graphs.get((shape, adjusted))
-        if graph is not None:
+        if graph is not None and not reveal:
             graph.replay()
         else:
-            self._step(shape, adjusted)
+            self._step(shape, adjusted, reveal)
 
     def capture(self, say: Say, timed: bool = False) -> None:
         """Run every fixed shape once with pads alone, then record its graph; `timed`: and time it."""
@@ -168,10 +171,13 @@ class Runner:
             for adjusted in (True, False):
                 self.send(shape, [], [])
                 self._step(shape, adjusted)
+            if 0 < shape.tokens <= MOST_REVEALED:
+                self._step(shape, adjusted=False, reveal=True)
+        self.revealed = torch.empty(0)
         if self.encoder is not None:
             self.encoder.rehearse()
 
-    def _step(self, shape: Shape, adjusted: bool) -> None:
+    def _step(self, shape: Shape, adjusted: bool, reveal: bool = False) -> None:
         i, s, n = self._inputs, self.state, shape.decodes
         total, requests = n + shape.tokens, shape.requests
         ops.decode_inputs_(
@@ -187,12 +193,15 @@ class Runner:
             kv_len=i["kv_len"][:requests],
             table=s.table,
             rows=i["rows"][:requests],
-            logits_at=i["logits_at"][:requests] if shape.prompts else None,
+            logits_at=i["logits_at"][:requests] if shape.prompts and not reveal else None,
             decodes=n,
             features=self.encoder.features[:total] if sees else None,
             pictured=i["pictured"][:total].bool() if sees else None,
         )
         logits = self.model(batch, self.kv)
+        if reveal:
+            self.revealed = logits[n:]
+            logits = logits[i["logits_at"][:requests]]
         # A sampled token stands behind the cached ones: its position is their number.
         rows, positions = i["samples"][:requests], batch.kv_len
         if adjusted:

@@ -18,6 +18,9 @@ Plan = list[tuple[Request, int]]
 RUN = 64
 """Slots that a decoding request gets at a time, while there are plenty: the device hears of them once."""
 
+MOST_REVEALED = 64
+"""Most tokens of prompts in a step whose logits are all wanted: each takes a row as wide as the vocabulary."""
+
 
 class Scheduler:
     """Every step spends a token budget, oldest request first.
@@ -141,6 +144,8 @@ class Scheduler:
         reading = len(self.running) - decodes
         if self.beside is not None and decodes and (reading or self.waiting):
             spare = min(spare, max(self.beside(decodes) - reading, 0))
+        if any(r.revealing for r in itertools.chain(self.running, itertools.islice(self.waiting, self.prompts))):
+            spare = min(spare, max(MOST_REVEALED - reading, 0))
         return spare
 
     @property
@@ -151,7 +156,8 @@ class Scheduler:
         """Start the first waiting request if all it must compute fits, with one token for each running one."""
         if request.flying:
             return False  # preempted a moment ago: its last token is still on its way
-        slots, node = self.prefix.match(request.keys(len(request.ids) - 1))  # at least one token is left to compute
+        known = 0 if request.revealing else len(request.ids) - 1  # at least one token is left to compute
+        slots, node = self.prefix.match(request.keys(known))
         need = len(request.ids) - len(slots) + len(self.running)
         if need > self.slots.free_count + self.prefix.evictable and self.running:
             self.prefix.unlock(node)

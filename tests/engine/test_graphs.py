@@ -21,6 +21,7 @@ WISHES = (
     {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
     {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
     {"temperature": 0.0, "logprobs": 3, "logit_bias": {5: 2.0}},
+    {"temperature": 0.0, "prompt_logprobs": 2},
     {"temperature": 0.0, "min_tokens": 6, "stop_token_ids": tuple(range(40))},
 )
 

@@ -18,6 +18,7 @@ from tests.engine import (
     test_engine,
     test_pictures,
     test_prefix,
+    test_prompt_logprobs,
     test_request,
     test_sampling,
     test_scheduler,
@@ -91,6 +92,13 @@ def pictures() -> None:
     test_pictures.test_a_prompt_that_ends_in_a_picture_and_is_cached_but_for_its_last_token()
 
 
+def prompt_logprobs() -> None:
+    for ahead, padded in ((0, False), (2, True)):
+        test_prompt_logprobs.test_every_token_of_a_prompt_is_told(ahead, padded, True)
+    for seed in range(12):
+        test_prompt_logprobs.test_requests_that_give_way_tell_each_token_once(seed)
+
+
 MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
     "slots": [
         (" or not self._in_use[slot]:", ":", slots),  # a free slot is freed
@@ -139,11 +147,13 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
     ],
     "scheduler": [
         ("= self.step_tokens - len(self.running), sum", "= self.step_tokens, sum", scheduler),
+        ("known = 0 if request.revealing else", "known =", prompt_logprobs),
+        ("max(MOST_REVEALED - reading, 0)", "spare", prompt_logprobs),
         ("self.beside(decodes) - reading, 0)", "self.beside(decodes) + reading, 0)", scheduler),
         ("and decodes and (reading or", "and (reading or", scheduler),
         ("youngest = self.running[-1]", "youngest = self.running[0]", scheduler),
         ("self.waiting.appendleft(request)", "self.waiting.append(request)", scheduler),
-        ("request.keys(len(request.ids) - 1)", "request.keys(len(request.ids))", scheduler),
+        ("else len(request.ids) - 1", "else len(request.ids)", scheduler),
         ("not self.slots.free_count and not self.prefix.evictable", "not self.slots.free_count", scheduler),
         ('if request.finish_reason == "error":', "if False:", scheduler),  # damaged KV is cached
         ("self.prefix.unlock(request.node)", "pass", scheduler),
@@ -228,6 +238,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("s.seeds, self.usable", "s.seeds, s.vocab", engine),
         ('arrays["rows"][:] = arrays["samples"][:] = pad', "pass", engine),
         ("part._replace(at=at + part.at)", "part", pictures),
+        ("self.revealed = logits[n:]", "self.revealed = logits", prompt_logprobs),
         ("self.encoder is not None and shape.prompts > 0", "self.encoder is not None and shape.decodes == 0", pictures),
     ],
     "engine": [
@@ -240,7 +251,10 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("self.launched % len(self.state.ring)", "(self.launched + 1) % len(self.state.ring)", engine),
         ("and token >= 0:\n", ":\n", engine),
         ("self.state.step.fill_(self._line)\n                raise", "pass\n                raise", engine),
-        ("values, ids = logprobs.topk(most)", 'values, ids = self.runner.raw[t["places"].long()].topk(most)', engine),
+        ("gather(self.runner.raw[", "gather(-self.runner.raw[", engine),
+        ("position == len(request.prompt_logprobs) + 1", "True", prompt_logprobs),
+        ("at += n\n        return found", "at += 1\n        return found", prompt_logprobs),
+        ("request.ids[first + 1 : end + 1]", "request.ids[first:end]", prompt_logprobs),
         ("(len(self.flights) > due or", "(len(self.flights) > due + 1 or", engine),
     ],
 }
@@ -264,7 +278,9 @@ def sown(name: str, old: str, new: str):
         yield
 
 
-@pytest.mark.parametrize("killer", [slots, prefix, scheduler, engine, request, pictures], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "killer", [slots, prefix, scheduler, engine, request, pictures, prompt_logprobs], ids=lambda f: f.__name__
+)
 def test_nothing_is_found_where_nothing_was_sown(killer):
     killer()
 

@@ -147,6 +147,18 @@ def test_several_answers_to_one_prompt(llm):
     assert llm.generate("x", params(n=2, seed=2**63 - 1, temperature=1.0)).choices[1].seed == -(2**63)
 
 
+def test_logprobs_of_a_prompt_come_once_and_are_those_of_transformers(llm, checkpoint):
+    ids = llm.encode("Hello there, how do you do")
+    [output] = llm.generate([ids], SamplingParams(max_tokens=2, n=2, temperature=0.0, prompt_logprobs=1))
+    assert output.prompt_ids == tuple(ids) and [entry.token for entry in output.prompt_logprobs] == ids[1:]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        exact = theirs(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for at, entry in enumerate(output.prompt_logprobs):
+        assert entry.logprob == pytest.approx(exact[at, entry.token].item(), abs=1e-3)
+        assert entry.top[0][1] == pytest.approx(exact[at].max().item(), abs=1e-3)
+
+
 def test_a_seed_that_was_not_given_is_reported_and_repeats_the_answer(llm):
     first = llm.generate("Hello", SamplingParams(temperature=2.0, max_tokens=12))
     again = llm.generate("Hello", SamplingParams(temperature=2.0, max_tokens=12, seed=first.choices[0].seed))
