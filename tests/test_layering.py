@@ -39,7 +39,19 @@ ONLY_IN = {
     "prompt_toolkit": ("lite_llm/cli/", "tools/", "benchmark.py"),
     "rich": ("lite_llm/cli/", "tools/", "benchmark.py"),
     **dict.fromkeys(
-        ["fastapi", "starlette", "uvicorn", "aiohttp", "flask", "ray", "http.server", "wsgiref"], ("lite_llm/server/",)
+        [
+            "fastapi",
+            "starlette",
+            "uvicorn",
+            "pydantic",
+            "prometheus_client",
+            "aiohttp",
+            "flask",
+            "ray",
+            "http.server",
+            "wsgiref",
+        ],
+        ("lite_llm/server/",),
     ),
 }
 HEAVY = {  # worth an import inside a function; anything else stands at the top

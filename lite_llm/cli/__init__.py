@@ -9,6 +9,8 @@ usage: lite-llm COMMAND ...
   chat [MODEL]   chat in this terminal, or answer one --prompt
   plan [MODEL]   say what a model needs in memory and whether it fits
   warmup [MODEL] compile a model's kernels now, so that it starts fast from then on
+  serve [MODEL]  an OpenAI-compatible server, with a page for the browser
+  top URL        watch the requests in a server
 
 lite-llm COMMAND --help tells more; lite-llm --version.
 """
@@ -24,6 +26,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "lite-llm") -> int:
         return plan_main(argv[1:], f"{prog} plan")
     if command == "warmup":
         return warmup_main(argv[1:], f"{prog} warmup")
+    if command == "serve":
+        return serve_main(argv[1:], f"{prog} serve")
+    if command == "top":
+        return top_main(argv[1:], f"{prog} top")
     if command == "--version":
         import lite_llm
 
@@ -33,7 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "lite-llm") -> int:
         print(_USAGE, end="")
         return 0
     found = f"there is no command {command[:80]!r}" if command else "a command is missing"
-    print(f"error: {found}; there are chat, plan and warmup\n{prog} --help tells more", file=sys.stderr)
+    print(f"error: {found}; there are chat, plan, warmup, serve and top\n{prog} --help tells more", file=sys.stderr)
     return 2
 
 
@@ -45,6 +51,16 @@ def chat_main(argv: Sequence[str] | None = None, prog: str = "cli.py") -> int:
     from lite_llm.cli import app
 
     return app.chat(options)
+
+
+def llava_main(argv: Sequence[str] | None = None, prog: str = "cli_llava.py") -> int:
+    """cli_llava.py: the same chat, with another demo."""
+    from lite_llm.cli import args
+
+    options = args.parse(args.llava_parser(prog), sys.argv[1:] if argv is None else argv)
+    from lite_llm.cli import app
+
+    return app.chat(options, app.PICTURES)
 
 
 def plan_main(argv: Sequence[str], prog: str) -> int:
@@ -63,3 +79,21 @@ def warmup_main(argv: Sequence[str], prog: str) -> int:
     from lite_llm.cli import app
 
     return app.warm(options)
+
+
+def serve_main(argv: Sequence[str], prog: str) -> int:
+    from lite_llm.cli import serve
+
+    options = serve.parse(argv, prog)
+    from lite_llm.cli import app
+
+    return app.serve(options)
+
+
+def top_main(argv: Sequence[str], prog: str) -> int:
+    from lite_llm.cli import top
+
+    options = top.parse(argv, prog)
+    from lite_llm.cli import app
+
+    return app.watch(options)

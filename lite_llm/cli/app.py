@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lite_llm.cli import oneshot, report, transcript, warmup
+from lite_llm.cli import oneshot, pictures, report, transcript, warmup
 from lite_llm.cli.screen import LoadingBar, Screen
 from lite_llm.cli.session import Session
 from lite_llm.errors import EnvironmentProblem, LiteLLMError, SourceProblem, UsageError
@@ -22,21 +24,48 @@ if TYPE_CHECKING:
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
 _HINTS = "/help lists the commands   Ctrl-C stops an answer   Ctrl-D leaves"
-_DEMO = (
-    "demo/chat is a tiny model that comes with lite_llm; --model PATH_OR_HF_ID takes a real one. "
-    "Try: What is the capital of France?"
-)
 
 
-def chat(options: argparse.Namespace) -> int:
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """What a chat opens if no model is named: which of the bundled models, and with which picture."""
+
+    name: str
+    question: str  # to try
+    picture: str | None = None  # a file of the demo's directory
+
+    @property
+    def folder(self) -> Path:
+        return Path(__file__).parents[1] / self.name
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} is a tiny model that comes with lite_llm; --model PATH_OR_HF_ID takes a real one. "
+            f"Try: {self.question}"
+        )
+
+
+TEXT = Demo("demo/chat", "What is the capital of France?")
+PICTURES = Demo("demo/vision", "What is in the picture?", "picture-1.png")
+
+
+def chat(options: argparse.Namespace, demo: Demo = TEXT) -> int:
+    """Opens `demo` if `options` name no model; its picture too, if they bring neither pictures nor a conversation."""
     screen = Screen.of_process(raw=options.raw, quiet=options.quiet)
 
     def work() -> int:
         text = oneshot.question(options.prompt, sys.stdin)
         if text is None and options.json:
             raise UsageError("--json gives one answer", "pass --prompt TEXT or pipe a text in")
+        _prepare(options, screen)
         history = transcript.load(Path(options.resume)) if options.resume else []
-        with _open(options, screen) as llm:
+        from lite_llm.text.fetch import Fetcher
+
+        sources, fetcher = options.image, Fetcher()
+        if options.model is None and demo.picture and not sources and not history:
+            sources = [str(demo.folder / demo.picture)]
+        seen = pictures.open_all(sources, fetcher, screen) if sources else []
+        with _open(options, screen, demo, fetcher=fetcher) as llm:
             session = Session(llm, options.params)
             if options.resume:
                 session.resume(Path(options.resume), history)
@@ -44,6 +73,8 @@ def chat(options: argparse.Namespace) -> int:
             if options.system is not None:
                 session.system = options.system
             screen.note(report.sampling(options.params, llm.generation_config))
+            for name, picture in seen:
+                pictures.show(session, screen, name, picture)
             if text is not None:
                 return oneshot.run(session, screen, text, options.json)
             # prompt_toolkit takes a fifth of a second, and only a dialogue needs it
@@ -51,7 +82,7 @@ def chat(options: argparse.Namespace) -> int:
             from lite_llm.cli.line import LineInput, plain_line
 
             if options.model is None:
-                screen.note(_DEMO)
+                screen.note(str(demo))
             screen.note(_HINTS)
             ask = plain_line if os.environ.get("TERM") == "dumb" else LineInput()
             return Chat(session, screen, ask, _debug(options)).run()
@@ -87,7 +118,21 @@ def warm(options: argparse.Namespace) -> int:
     return _guarded(work, screen, options)
 
 
-def _open(options: argparse.Namespace, screen: Screen) -> "LLM":
+def serve(options: argparse.Namespace) -> int:
+    from lite_llm.cli import serve as serving  # only this command needs what it imports
+
+    screen = Screen.of_process(quiet=options.quiet)
+    return _guarded(lambda: serving.run(options, screen, partial(_open, options, screen)), screen, options)
+
+
+def watch(options: argparse.Namespace) -> int:
+    from lite_llm.cli import top
+
+    screen = Screen.of_process(quiet=options.quiet)
+    return _guarded(lambda: top.run(options, screen), screen, options)
+
+
+def _open(options: argparse.Namespace, screen: Screen, demo: Demo = TEXT, **more) -> "LLM":
     _prepare(options, screen)
     bar = LoadingBar(screen)
     before, pressed = signal.getsignal(signal.SIGINT), []
@@ -105,7 +150,7 @@ def _open(options: argparse.Namespace, screen: Screen) -> "LLM":
             bar.clear()
             screen.note(text)
 
-        llm = LLM(options.model, say=say, progress=bar, status=bar.stage, **options.engine)
+        llm = LLM(options.model or demo.folder, say=say, progress=bar, status=bar.stage, **options.engine, **more)
     finally:
         signal.signal(signal.SIGINT, before)
         bar.clear()
@@ -122,10 +167,12 @@ def _prepare(options: argparse.Namespace, screen: Screen) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not screen.bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # of pictures that are refused, or read all the same
     if options.verbose:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
     else:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)  # without a handler its warnings would go to stderr
 
 
 def _guarded(work: Callable[[], int], screen: Screen, options: argparse.Namespace) -> int:

@@ -28,6 +28,14 @@ examples:
   python cli.py                                     chat with the bundled demo model
   python cli.py -m Qwen/Qwen2.5-0.5B-Instruct       a model of the hub, or a directory
   git diff | python cli.py -p "Write a commit message" > msg.txt
+"""
+_LLAVA_EXAMPLES = """\
+examples:
+  python cli_llava.py                               ask the bundled demo about one of its pictures
+  python cli_llava.py -m llava-hf/llava-1.5-7b-hf -i photo.jpg
+  python cli_llava.py -m MODEL -i before.png -i after.png -p "What has changed?"
+"""
+_EXIT_CODES = """\
 exit codes: 0 ok, 1 unexpected, 2 usage, 3 environment, 4 does not fit, 5 model unsupported or corrupt,
             6 network, access or disk, 130 Ctrl-C, 141 closed pipe"""
 
@@ -51,7 +59,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def chat_parser(prog: str) -> Parser:
-    parser = Parser(prog=prog, description="Chat with a Llama or Qwen model in this terminal.", epilog=_EXAMPLES)
+    return _chat_parser(prog, "Chat with a Llama or Qwen model in this terminal.", _EXAMPLES)
+
+
+def llava_parser(prog: str) -> Parser:
+    return _chat_parser(prog, "Ask a LLaVA model about pictures in this terminal.", _LLAVA_EXAMPLES)
+
+
+def _chat_parser(prog: str, description: str, examples: str) -> Parser:
+    parser = Parser(prog=prog, description=description, epilog=examples + _EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"lite_llm {lite_llm.__version__}")
     add_model(parser)
 
@@ -60,6 +76,10 @@ def chat_parser(prog: str) -> Parser:
     one_shot.add_argument("--json", action="store_true", help="print one JSON document")
 
     talk = parser.add_argument_group("conversation")
+    talk.add_argument(
+        "-i", "--image", metavar="PATH_OR_URL", type=_filled, action="append", default=[],
+        help="a picture to ask about, for models that see; repeatable",
+    )  # fmt: skip
     talk.add_argument("--system", metavar="TEXT", type=_filled, help="the system prompt")
     talk.add_argument("--resume", metavar="FILE", help="go on with the conversation in FILE; every turn is saved to it")
 

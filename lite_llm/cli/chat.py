@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Callable
 
-from lite_llm.cli import commands, report
+from lite_llm.cli import commands, pictures, report
 from lite_llm.cli.interrupt import Interrupt
 from lite_llm.cli.screen import Screen
 from lite_llm.cli.session import Session
@@ -58,6 +58,9 @@ class Chat:
             result = commands.run(self._session, line)
             if isinstance(result, commands.Again):
                 return result
+            if isinstance(result, commands.Look):
+                pictures.add(self._session, self._screen, result.source)
+                return ""
             self._screen.note(result, loud=True)
             return ""
         return line if line.strip() else ""

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lite_llm.cli import report
+from lite_llm.cli.pictures import receipt
 from lite_llm.cli.screen import width
-from lite_llm.cli.session import Session
+from lite_llm.cli.session import Message, Session
+from lite_llm.cli.transcript import pictures_of, text_of
 from lite_llm.engine.request import SamplingParams
 from lite_llm.errors import UsageError
 
@@ -41,14 +43,21 @@ class Again:
 
 
 @dataclass(frozen=True)
+class Look:
+    """A command's wish: take the picture at `source` for the next question."""
+
+    source: str
+
+
+@dataclass(frozen=True)
 class Command:
     name: str
     arguments: str
     help: str
-    run: Callable[[Session, str], str | Again]
+    run: Callable[[Session, str], str | Again | Look]
 
 
-def run(session: Session, line: str) -> str | Again:
+def run(session: Session, line: str) -> str | Again | Look:
     """Carry out a line that begins with one slash. UsageError says what is wrong with it; Leave ends the chat."""
     name, _, argument = line[1:].partition(" ")
     if name not in TABLE:
@@ -143,14 +152,40 @@ def _show(session: Session, argument: str) -> str:
     if argument == "params":
         return _settings(session)
     if argument == "history":
-        return "\n".join(f"{m['role']}: {m['content']}" for m in session.messages) or "nothing was said yet"
+        return "\n".join(_said(session, message) for message in session.messages) or "nothing was said yet"
     return parts[argument] if argument else "\n".join(parts.values())
+
+
+def _said(session: Session, message: Message) -> str:
+    shown = [f"[{session.names[picture.digest]}] " for picture in pictures_of(message)]
+    return f"{message['role']}: {''.join(shown)}{text_of(message)}"
+
+
+def _image(session: Session, argument: str) -> str | Look:
+    if argument == "off":
+        session.waiting = []
+        return "no picture goes with the next question"
+    if argument:
+        return Look(_dropped(argument))
+    asked = [receipt(session, picture) for picture in session.pictures]
+    waiting = [f"{receipt(session, picture)} (with the next question)" for picture in session.waiting]
+    return "\n".join(asked + waiting) or "no pictures; /image PATH_OR_URL shows one"
+
+
+def _dropped(path: str) -> str:
+    """Without the quotes and backslashes that terminals put into the name of a file that is dropped on them."""
+    try:
+        words = shlex.split(path) if path[0] in "'\"" or "\\ " in path else [path]
+    except ValueError:  # an apostrophe
+        words = [path]
+    return words[0] if len(words) == 1 else path
 
 
 def _clear(session: Session, argument: str) -> str:
     unsaved = f"; later turns are not saved to {session.file}" if session.autosaving else ""
+    seen = " and the pictures" if session.pictures or session.waiting else ""
     session.clear()
-    return "cleared" + ("; the system prompt stays" if session.system is not None else "") + unsaved
+    return f"cleared{seen}" + ("; the system prompt stays" if session.system is not None else "") + unsaved
 
 
 def _undo(session: Session, argument: str) -> str:
@@ -231,6 +266,7 @@ TABLE = {
     command.name: command
     for command in (
         Command("help", "", "this list", _help),
+        Command("image", "[PATH|URL|off]", "show a picture, list them, take back what waits", _image),
         Command("system", "[TEXT|off]", "show, set or drop the system prompt", _system),
         Command("set", "[NAME VALUE]", "sampling, such as: /set temperature 0.7; default takes it back", _set),
         Command("show", "[TOPIC]", "model, plan, params, system or history", _show),

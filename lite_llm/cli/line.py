@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import run_in_terminal
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import FormattedText
@@ -23,6 +23,8 @@ from lite_llm.text.escape import visible
 
 _QUOTES = '"""'
 _LONG = 4096  # characters from which on a text is data, not something to complete
+_OF_FILES = ("/image", "/load", "/save")
+_PATHS = PathCompleter(expanduser=True)
 _STYLE = Style.from_dict({"meter": "fg:ansibrightblack", "arrow": "bold"})
 
 
@@ -95,6 +97,9 @@ def plain_line(meter: str, prefilled: str = "") -> str:
 class _Commands(Completer):
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         word = document.text_before_cursor
+        name, blank, path = word.partition(" ")
+        if name in _OF_FILES and blank:
+            yield from _PATHS.get_completions(Document(path), complete_event)
         if not word.startswith("/") or any(c.isspace() for c in word):
             return
         for command in TABLE.values():

@@ -130,6 +130,11 @@ def width() -> int:
     return max(20, shutil.get_terminal_size().columns)
 
 
+def height() -> int:
+    """Lines of the terminal, now; LINES overrides."""
+    return shutil.get_terminal_size().lines
+
+
 def _share(done: int, total: int) -> float:
     return min(done / total, 1.0) if total else 1.0
 

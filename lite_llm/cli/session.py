@@ -13,6 +13,7 @@ from lite_llm.errors import LiteLLMError
 if TYPE_CHECKING:
     from lite_llm.llm import LLM
     from lite_llm.outputs import Output
+    from lite_llm.text.images import Picture
 
 Message = transcript.Message
 
@@ -34,6 +35,8 @@ class Session:
     def __init__(self, llm: "LLM", params: SamplingParams):
         self.llm, self.params = llm, params
         self.messages: list[Message] = []
+        self.waiting: list[Picture] = []  # those that go with the next question
+        self.names: dict[str, str] = {}  # of pictures, by digest
         self.file: Path | None = None  # where this conversation was loaded from or saved to
         self.autosaving = False  # whether every turn goes there
         self.totals = Totals()
@@ -62,30 +65,45 @@ class Session:
             self._used = self._count()
         return self._used
 
+    @property
+    def pictures(self) -> "list[Picture]":
+        """All that the conversation holds, in order, without those that wait."""
+        return [picture for message in self.messages for picture in transcript.pictures_of(message)]
+
+    def show(self, name: str, picture: "Picture") -> None:
+        """Let a picture go with the next question. UsageError if the model takes none."""
+        picture = self.llm.open(picture)
+        self.names[picture.digest] = name
+        self.waiting.append(picture)
+
     def last_question(self) -> str | None:
-        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), None)
+        return next((transcript.text_of(m) for m in reversed(self.messages) if m["role"] == "user"), None)
 
     def clear(self) -> None:
         """Forget all but the system prompt. The next conversation does not overwrite this one's file."""
-        self.file, self.autosaving = None, False
+        self.file, self.autosaving, self.waiting = None, False, []
         self._set(self.messages[: self.system is not None])
 
     def undo(self) -> str | None:
-        """Take the last question and its answer back; returns the question, None if there is none."""
+        """Take the last question and its answer back; returns the question, None if there is none.
+
+        Its pictures go with the next one.
+        """
         at = self._last_question_at()
         if at is None:
             return None
-        question = self.messages[at]["content"]
+        question = transcript.text_of(self.messages[at])
+        self.waiting = transcript.pictures_of(self.messages[at]) + self.waiting
         self._set(self.messages[:at])
         return question
 
     def load(self, path: Path) -> None:
-        self._set(transcript.load(path))
+        self._take(transcript.load(path))
         self.file, self.autosaving = path, False
 
     def resume(self, path: Path, messages: list[Message]) -> None:
         """Go on with what `path` holds; every later turn is saved there."""
-        self._set(messages)
+        self._take(messages)
         self.file, self.autosaving = path, True
 
     def save(self, path: Path) -> None:
@@ -108,16 +126,19 @@ class Session:
         """Answer a question; `say` gets the pieces as they come, and `stopped` is asked between two steps.
 
         A stopped answer keeps what it has said as the assistant's turn. With `replace` the question takes the place
-        of the last one and of its answer. LiteLLMError leaves the conversation as it was; so does an answer that was
-        stopped before its first character.
+        of the last one, whose pictures it keeps, and of its answer. LiteLLMError leaves the conversation as it was; so
+        does an answer that was stopped before its first character.
         """
         before = self.messages
         at = self._last_question_at() if replace else None
-        messages = [*(before if at is None else before[:at]), {"role": "user", "content": text}]
+        kept = [] if at is None else transcript.pictures_of(before[at])
+        question = transcript.with_pictures(text, kept + self.waiting)
+        messages = [*(before if at is None else before[:at]), question]
         output = self._run(messages, say, stopped)
         if output.finish_reason == "error" or (output.finish_reason == "abort" and not output.text):
             return output
         self._set([*messages, {"role": "assistant", "content": output.text}])
+        self.waiting = []
         self._used = output.usage.prompt_tokens + output.usage.completion_tokens
         self._add_up(output)
         return output
@@ -153,6 +174,13 @@ class Session:
         self.params = dataclasses.replace(self.params, **changes)
 
     # ---- helpers
+
+    def _take(self, messages: list[Message]) -> None:
+        """UsageError, and no change, if there are pictures that the model cannot take."""
+        found = [self.llm.open(picture) for message in messages for picture in transcript.pictures_of(message)]
+        for picture in found:
+            self.names.setdefault(picture.digest, "saved picture")
+        self._set(messages)
 
     def _set(self, messages: list[Message]) -> None:
         self.messages, self._used = messages, None

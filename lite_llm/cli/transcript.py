@@ -1,19 +1,44 @@
 """Conversations in files: one OpenAI message a line, so that a file replays on any server."""
 
+import base64
+import io
 import json
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lite_llm.errors import UsageError
 
-Message = dict[str, str]
+if TYPE_CHECKING:
+    from lite_llm.text.images import Picture
+
+Message = dict[str, Any]
+"""`content` is text, or a list of parts: {"type": "image", "image": Picture} and {"type": "text", "text": ...}."""
+
 _MAX_BYTES = 64 << 20
 _ROLES = ("system", "user", "assistant")
 
 
+def text_of(message: Message) -> str:
+    """What a message says, without its pictures."""
+    content = message["content"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if "text" in part)
+
+
+def pictures_of(message: Message) -> list["Picture"]:
+    content = message["content"]
+    return [] if isinstance(content, str) else [part["image"] for part in content if "image" in part]
+
+
+def with_pictures(text: str, pictures: list["Picture"]) -> Message:
+    """A question."""
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+
+
 def load(path: Path) -> list[Message]:
-    """The messages of a file. UsageError names the line that is none."""
+    """The messages of a file, their pictures opened. UsageError names the line that is none."""
     try:
         if path.exists() and not path.is_file():  # a pipe would block, a device never ends
             raise UsageError(f"{path} is not a file")
@@ -33,7 +58,7 @@ def load(path: Path) -> list[Message]:
 
 def save(path: Path, messages: list[Message]) -> None:
     """Write the messages: the whole file or, if that fails, what was there before. UsageError says why it failed."""
-    lines = "".join(json.dumps(message, ensure_ascii=False) + "\n" for message in messages)
+    lines = "".join(json.dumps(_stored(message), ensure_ascii=False) + "\n" for message in messages)
     temporary = None
     try:
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o600  # conversations are private
@@ -60,7 +85,41 @@ def _message(line: str, where: str) -> Message:
     if (
         not isinstance(message, dict)
         or message.get("role") not in _ROLES
-        or not isinstance(message.get("content"), str)
+        or not isinstance(message.get("content"), (str, list))
     ):
         raise UsageError(f"{where} is not a message with a role ({', '.join(_ROLES)}) and a text as content")
-    return {"role": message["role"], "content": message["content"]}
+    content = message["content"]
+    if isinstance(content, list):
+        content = [_part(part, where) for part in content]
+    return {"role": message["role"], "content": content}
+
+
+def _part(part: object, where: str) -> dict[str, Any]:
+    """No URL is opened, and no other file: the one they are named in may be a stranger's."""
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    url = part.get("image_url") if isinstance(part, dict) else None
+    url = url.get("url") if isinstance(url, dict) else url
+    if not isinstance(url, str) or url[:5].lower() != "data:":
+        raise UsageError(f"{where} holds a part that is neither text nor a picture", "pictures must be data URLs")
+    from lite_llm.text.images import open_picture  # Pillow
+
+    try:
+        return {"type": "image", "image": open_picture(url)}
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.message}", error.hint) from None
+
+
+def _stored(message: Message) -> dict[str, Any]:
+    """In OpenAI's form, pictures as PNG: the same pixels when they are read again."""
+    if isinstance(message["content"], str):
+        return message
+    parts: list[dict[str, Any]] = []
+    for part in message["content"]:
+        if "image" in part:
+            data = io.BytesIO()
+            part["image"].image.save(data, "PNG")
+            url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
+            part = {"type": "image_url", "image_url": {"url": url}}
+        parts.append(part)
+    return {"role": message["role"], "content": parts}

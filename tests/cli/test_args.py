@@ -43,7 +43,7 @@ def test_plan_refuses_what_it_does_not_know(line, capsys):
     refused(lambda: main(["plan", *line.split()]), capsys)
 
 
-@pytest.mark.parametrize("line", ["", "chatt", "serve", "--bad", "--help-me"])
+@pytest.mark.parametrize("line", ["", "chatt", "server", "--bad", "--help-me"])
 def test_unknown_commands(line, capsys):
     assert main(line.split()) == 2
     out, err = capsys.readouterr()

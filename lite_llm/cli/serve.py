@@ -1,0 +1,92 @@
+"""`lite-llm serve`: the OpenAI-compatible server in this process."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from lite_llm.cli import args
+from lite_llm.cli.screen import Screen
+from lite_llm.config import EngineConfig
+from lite_llm.errors import EnvironmentProblem, UsageError
+
+if TYPE_CHECKING:
+    from lite_llm.llm import LLM
+
+KEY = "LITE_LLM_API_KEY"
+_WISHES = ("host", "port", "api_key", "name", "max_queue", "max_body", "drain")
+
+
+def parser(prog: str) -> args.Parser:
+    parser = args.Parser(
+        prog=prog, description="Serve a model over HTTP: OpenAI's API, a page for the browser, metrics."
+    )
+    args.add_model(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address; any but this machine's own needs a key")
+    group.add_argument("--port", type=_whole, metavar="N", default=8000, help="default: 8000; 0 takes a free one")
+    group.add_argument("--api-key", metavar="KEY", help=f"what clients must send (also {KEY}, which ps does not show)")
+    group.add_argument("--name", metavar="NAME", help="what clients call the model; default: as it was opened")
+    group.add_argument(
+        "--max-requests", metavar="N", type=_whole, default=EngineConfig().max_requests,
+        help="answers that run together; default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-slowdown", metavar="X", type=_factor, default=2.0,
+        help="a step that reads prompts takes at most X times one that does not, on a GPU; default: %(default)g",
+    )  # fmt: skip
+    group.add_argument("--max-queue", metavar="N", type=_whole, help="answers that may wait; default: 512")
+    group.add_argument("--max-body", metavar="BYTES", type=_whole, help="of a request; default: 8 MiB")
+    group.add_argument(
+        "--drain", metavar="S", type=_whole, help="seconds for running answers to finish after SIGTERM; default: 30"
+    )
+    group.add_argument(
+        "--fetch-from", metavar="HOST", nargs="+", default=[], help="hosts from which pictures may be fetched"
+    )
+    args.add_output(parser)
+    parser.set_defaults(json=False)
+    return parser
+
+
+def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
+    found = parser(prog)
+    options = args.parse(found, argv)
+    options.engine |= {"max_requests": max(options.max_requests, 1), "max_slowdown": options.max_slowdown}
+    options.api_key = options.api_key or os.environ.get(KEY) or None
+    if not 0 <= options.port < 1 << 16:
+        found.error(f"--port: {options.port}; expected 0 to 65535")
+    if options.api_key and not (options.api_key.isascii() and options.api_key.isprintable()):
+        found.error("--api-key: expected printable ASCII characters")
+    try:
+        EngineConfig(**options.engine)
+    except UsageError as error:
+        found.error(str(error))
+    return options
+
+
+def run(options: argparse.Namespace, screen: Screen, load: Callable[..., AbstractContextManager["LLM"]]) -> int:
+    """`load` opens the model, once the address is taken."""
+    try:
+        from lite_llm.server.run import ServeOptions, fetcher_from, listen, serve
+    except ImportError as error:
+        if (error.name or "").startswith("lite_llm"):
+            raise
+        raise EnvironmentProblem(f"{error}", "pip install -r requirements-serve.txt") from None
+    given = {name: getattr(options, name) for name in _WISHES if getattr(options, name) is not None}
+    wishes, fetcher = ServeOptions(**given), fetcher_from(options.fetch_from)
+    with listen(wishes) as listener, load(fetcher=fetcher) as llm:
+        return serve(llm, listener, wishes, screen.note)
+
+
+def _factor(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number") from None
+
+
+def _whole(text: str) -> int:
+    if not (text.isdigit() and text.isascii() and len(text) < 12):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number")
+    return int(text)

@@ -1,0 +1,198 @@
+"""OpenAI's documents: whole answers and the chunks of a stream, for chats and for completions."""
+
+import functools
+import itertools
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import lite_llm
+from lite_llm.engine.request import TokenLogprobs
+from lite_llm.outputs import Choice, Output
+from lite_llm.server.job import Piece
+from lite_llm.text import Tokenizer
+
+FINGERPRINT = f"lite_llm-{lite_llm.__version__}"
+
+
+class Vocabulary:
+    """Tokens as logprobs show them; remembers those that it was asked for. Threads may share it."""
+
+    def __init__(self, tokenizer: Tokenizer | None):
+        self.text = functools.lru_cache(maxsize=1 << 16)(tokenizer.token_text if tokenizer else _nameless)
+
+    def entry(self, token: int, logprob: float) -> dict[str, Any]:
+        """`bytes` is null for a token that is a part of a character."""
+        text = self.text(token)
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def _nameless(token: int) -> str:
+    return f"token_id:{token}"
+
+
+class Form(Protocol):
+    """One kind of document. The choice that a piece or an answer belongs to is `index`."""
+
+    def whole(self, index: int, choice: Choice, output: Output) -> dict[str, Any]: ...
+
+    def first(self, index: int) -> dict[str, Any] | None: ...
+
+    def chunk(self, piece: Piece) -> dict[str, Any]: ...
+
+    def last(self, index: int, reason: str) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    vocabulary: Vocabulary
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def whole(self, index: int, choice: Choice, output: Output) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        logprobs = self._logprobs(_shown(choice)) if choice.logprobs else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        return _chat_chunk(index, {"role": "assistant", "content": "", "refusal": None})
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        logprobs = self._logprobs(piece.logprobs) if piece.logprobs else None
+        return _chat_chunk(piece.index, {"content": piece.text}, logprobs)
+
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        return _chat_chunk(index, {}, reason=reason)
+
+    def _logprobs(self, tokens: Iterable[TokenLogprobs]) -> dict[str, Any]:
+        entry = self.vocabulary.entry
+        content = [
+            entry(one.token, one.logprob) | {"top_logprobs": [entry(token, logprob) for token, logprob in one.top]}
+            for one in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+def _chat_chunk(index: int, delta: dict, logprobs: dict | None = None, reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+@dataclass
+class TextForm:
+    """`echo`: the prompts of all choices, to stand before their answers; "" each without. Made for one request."""
+
+    vocabulary: Vocabulary
+    echo: Sequence[str]
+    _offsets: dict[int, int] = field(default_factory=dict)  # characters of a choice so far, for logprobs
+    object = chunk_object = "text_completion"
+    prefix = "cmpl"
+
+    def whole(self, index: int, choice: Choice, output: Output) -> dict[str, Any]:
+        logprobs = self._logprobs(index, _shown(choice)) if choice.logprobs else None
+        if logprobs and self.echo[index] and output.params.prompt_logprobs is not None:
+            logprobs = {key: value + logprobs[key] for key, value in self._prompt(index, output).items()}
+        return _text_choice(index, self.echo[index] + choice.text, logprobs, choice.finish_reason)
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        return _text_choice(index, self.echo[index]) if self.echo[index] else None
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        return _text_choice(
+            piece.index, piece.text, self._logprobs(piece.index, piece.logprobs) if piece.logprobs else None
+        )
+
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        return _text_choice(index, "", reason=reason)
+
+    def _prompt(self, index: int, output: Output) -> dict[str, Any]:
+        """Of the first token nothing is known. A BOS that the prompt did not have takes no room in the text."""
+        text, known = self.vocabulary.text, output.prompt_logprobs
+        names = [text(token) for token in output.prompt_ids]
+        ends = list(itertools.accumulate(reversed([len(name) for name in names])))[::-1]  # before the answer
+        return {
+            "tokens": names,
+            "token_logprobs": [None, *(one.logprob for one in known)],
+            "top_logprobs": [None, *({text(token): logprob for token, logprob in one.top} for one in known)],
+            "text_offset": [max(len(self.echo[index]) - end, 0) for end in ends],
+        }
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        text = self.vocabulary.text
+        names, offsets = [text(one.token) for one in tokens], []
+        at = self._offsets.get(index, len(self.echo[index]))
+        for name in names:
+            offsets.append(at)
+            at += len(name)
+        self._offsets[index] = at
+        return {
+            "tokens": names,
+            "token_logprobs": [one.logprob for one in tokens],
+            "top_logprobs": [{text(token): logprob for token, logprob in one.top} for one in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _text_choice(index: int, text: str, logprobs: dict | None = None, reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _shown(choice: Choice) -> Sequence[TokenLogprobs]:
+    """Those of the answer's tokens; a stop token is none of it."""
+    return choice.logprobs[:-1] if isinstance(choice.stop, int) else choice.logprobs
+
+
+def usage_of(outputs: Sequence[Output]) -> dict[str, Any]:
+    prompt = sum(output.usage.prompt_tokens for output in outputs)
+    completion = sum(output.usage.completion_tokens for output in outputs)
+    cached = sum(output.usage.cached_tokens for output in outputs)
+    return _usage(prompt, completion) | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def _usage(prompt: int, completion: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+class Document:
+    """The answer to one HTTP request in one form: whole, or as the events of a stream."""
+
+    def __init__(self, form: Form, id: str, model: str, prompt_tokens: int):
+        self._form, self._prompt_tokens = form, prompt_tokens
+        self._head = {"id": id, "created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT}
+        self._begun: set[int] = set()
+        self._tokens = 0
+
+    def whole(self, outputs: Sequence[Output]) -> bytes:
+        choices = [(choice, output) for output in outputs for choice in output.choices]
+        forms = [self._form.whole(index, *found) for index, found in enumerate(choices)]
+        content = self._head | {"object": self._form.object, "choices": forms, "usage": usage_of(outputs)}
+        return json.dumps(content).encode()
+
+    def events(self, pieces: Iterable[Piece], usage: bool, running_usage: bool) -> bytes:
+        """`usage`: it will come at the end, so that chunks say null; `running_usage`: chunks say what it is by now."""
+        form, parts = self._form, []
+        for piece in pieces:
+            self._tokens += piece.tokens
+            if piece.index not in self._begun:
+                self._begun.add(piece.index)
+                if first := form.first(piece.index):
+                    parts.append(first)
+            if piece.finish_reason is None or piece.text or piece.logprobs:
+                parts.append(form.chunk(piece))
+            if piece.finish_reason is not None:
+                parts.append(form.last(piece.index, piece.finish_reason))
+        head = self._head | {"object": form.chunk_object}
+        if running_usage:
+            head["usage"] = _usage(self._prompt_tokens, self._tokens)
+        elif usage:
+            head["usage"] = None
+        return b"".join(event(head | {"choices": [choice]}) for choice in parts)
+
+    def final_usage(self, outputs: Sequence[Output]) -> bytes:
+        return event(self._head | {"object": self._form.chunk_object, "choices": [], "usage": usage_of(outputs)})
+
+
+def event(content: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()

@@ -1,0 +1,253 @@
+"""The routes. Handlers know HTTP and documents; what answers is behind the bridge."""
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import lite_llm
+from lite_llm.errors import shown
+from lite_llm.llm import LLM
+from lite_llm.prompts import Encoded
+from lite_llm.server import schema
+from lite_llm.server.answers import ChatForm, TextForm, Vocabulary
+from lite_llm.server.bridge import Bridge
+from lite_llm.server.metrics import CONTENT_TYPE, Metrics
+from lite_llm.server.refusals import Refusal, refusal_of
+from lite_llm.server.reply import ClientGone, Reply, Task, off_loop, read_body
+from lite_llm.text.images import take_pictures
+
+_OPEN = frozenset({"/", "/health", "/health/ready"})  # paths that need no key
+_WORKERS = 4
+_COMPLETION_TOKENS = 16  # OpenAI's default, for completions only
+
+
+class Server:
+    """What the handlers share. `name`: of the model, for clients."""
+
+    def __init__(self, llm: LLM, bridge: Bridge, name: str, started: int, most_bytes: int):
+        """`started`: seconds since 1970."""
+        self.bridge, self.name, self.started, self.most_bytes = bridge, name, started, most_bytes
+        self.metrics = Metrics()
+        self.workers = ThreadPoolExecutor(_WORKERS, "lite_llm-reader")
+        # Of the LLM only what never changes: its steps belong to the bridge.
+        self._prompt, self._tokenizer, self.context = llm.read, llm.tokenizer, llm.cfg.max_len
+        self._vocab = llm.cfg.vocab
+        self._vocabulary = Vocabulary(llm.tokenizer)
+
+    def read_chat(self, body: bytes) -> Task:
+        request = schema.read(schema.ChatRequest, body)
+        ignored = schema.receipt(request)
+        self._check_model(request.model)
+        params, stream = schema.chat_sampling(request), schema.streaming(request)
+        prompt = self._conversation(request.messages)
+        return Task([prompt], params, stream, ChatForm(self._vocabulary), self.name, ignored, request.cache_salt or "")
+
+    def read_completion(self, body: bytes) -> Task:
+        request = schema.read(schema.CompletionRequest, body)
+        ignored = schema.receipt(request)
+        self._check_model(request.model)
+        most = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+        params, stream = schema.sampling(request, most, request.logprobs), schema.streaming(request)
+        if request.echo and request.logprobs is not None:
+            if stream:
+                raise Refusal(400, "echo with logprobs is not streamed; leave stream, echo or logprobs out", "stream")
+            params = dataclasses.replace(params, prompt_logprobs=params.logprobs)
+        given = schema.prompts_of(request.prompt)
+        if len(given) * params.n > self.bridge.seats:  # said before work is put into each
+            raise Refusal(400, f"{len(given)} prompts; at most {self.bridge.seats} answers are taken", "prompt")
+        prompts = [self._prompt(one) for one in given]
+        echo = [""] * len(given)
+        if request.echo:
+            echo = [one if isinstance(one, str) else self._decode("prompt", one) for one in given]
+        form = TextForm(self._vocabulary, [text for text in echo for _ in range(params.n)])
+        return Task(prompts, params, stream, form, self.name, ignored, request.cache_salt or "")
+
+    def tokenize(self, body: bytes) -> dict[str, Any]:
+        request = schema.read(schema.TokenizeRequest, body)
+        self._check_model(request.model)
+        if (request.prompt is None) == (request.messages is None):
+            raise Refusal(400, "expected one of prompt and messages", "prompt")
+        if request.prompt is None:
+            tokens = self._conversation(request.messages).ids
+        else:
+            tokens = self._prompt(request.prompt).ids
+        return {"count": len(tokens), "max_model_len": self.context, "tokens": tokens}
+
+    def detokenize(self, body: bytes) -> dict[str, Any]:
+        request = schema.read(schema.DetokenizeRequest, body)
+        self._check_model(request.model)
+        return {"prompt": self._decode("tokens", request.tokens)}
+
+    def _conversation(self, messages: Any) -> Encoded:
+        if not isinstance(messages, list) or not messages:
+            raise Refusal(400, f"messages = {shown(messages)}; expected a list of messages", "messages")
+        if strange := [i for i, message in enumerate(messages) if not isinstance(message, dict)]:
+            where = f"messages[{strange[0]}]"
+            raise Refusal(400, f"{where} = {shown(messages[strange[0]])}; expected an object", where)
+        take_pictures(messages, local=False)  # no client names files of this machine
+        return self._prompt(messages)
+
+    def _decode(self, name: str, tokens: list[int]) -> str:
+        for token in tokens:
+            if not 0 <= token < self._vocab:
+                raise Refusal(400, f"{name} has token id {shown(token)}; expected 0 to {self._vocab - 1}", name)
+        if self._tokenizer is None:
+            raise Refusal(400, "this model has no tokenizer", name)
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise Refusal(404, f"there is no model {shown(name)}; this is {self.name}", "model", "model_not_found")
+
+    def model(self) -> dict[str, Any]:
+        return {
+            "id": self.name, "object": "model", "created": self.started, "owned_by": "lite_llm",
+            "max_model_len": self.context,
+        }  # fmt: skip
+
+
+def make_app(server: Server, api_key: str | None) -> ASGIApp:
+    """`api_key`: what clients must send as a bearer token on every route but health and the page; None: nothing."""
+    app = FastAPI(title="lite_llm", version=lite_llm.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    page = resources.files("lite_llm.server").joinpath("page.html").read_bytes()
+    bridge, most = server.bridge, server.most_bytes
+
+    @app.post("/v1/chat/completions", openapi_extra=_takes("ChatRequest"))
+    async def chat() -> Response:
+        return Reply(bridge, server.workers, server.metrics, server.read_chat, most)
+
+    @app.post("/v1/completions", openapi_extra=_takes("CompletionRequest"))
+    async def completions() -> Response:
+        return Reply(bridge, server.workers, server.metrics, server.read_completion, most)
+
+    @app.post("/v1/embeddings")
+    async def embeddings() -> Response:
+        raise Refusal(400, "this server generates text; it has no embeddings", code="unsupported")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [server.model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != server.name:
+            raise Refusal(404, f"there is no model {shown(name)}; this is {server.name}", "model", "model_not_found")
+        return server.model()
+
+    @app.get("/v1/requests")
+    async def requests() -> dict[str, Any]:
+        now = await bridge.in_flight()
+        return vars(now) | {"requests": [vars(one) for one in now.requests], "model": server.name}
+
+    @app.post("/tokenize", openapi_extra=_takes("TokenizeRequest"))
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = await read_body(request.scope, request.receive, most)
+        return await off_loop(server.workers, server.tokenize, body)
+
+    @app.post("/detokenize", openapi_extra=_takes("DetokenizeRequest"))
+    async def detokenize(request: Request) -> dict[str, Any]:
+        body = await read_body(request.scope, request.receive, most)
+        return await off_loop(server.workers, server.detokenize, body)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/health/ready")
+    async def ready() -> Response:
+        return JSONResponse({"status": "ok" if bridge.ready else "not ready"}, 200 if bridge.ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        now = None
+        with contextlib.suppress(Refusal):
+            now = await bridge.in_flight()
+        return Response(server.metrics.text(now, bridge.ready), media_type=CONTENT_TYPE)
+
+    @app.get("/", include_in_schema=False)
+    async def chat_page() -> Response:
+        return Response(page, media_type="text/html", headers={"content-security-policy": _policy(page)})
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> dict[str, Any]:
+        return _description(app)
+
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, refusal: Refusal) -> Response:
+        return _response(refusal)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, error: HTTPException) -> Response:
+        words = {404: "there is no such path", 405: "this path does not take that method"}
+        return _response(Refusal(error.status_code, words.get(error.status_code, "the request cannot be read")))
+
+    @app.exception_handler(ClientGone)
+    async def left(*_) -> Response:
+        return Response(status_code=400)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return _response(refusal_of(error))
+
+    return _guarded(app, api_key) if api_key else app
+
+
+def _guarded(app: ASGIApp, key: str) -> ASGIApp:
+    """Nothing of a request is read before its key is known."""
+    expected = key.encode()
+
+    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN:
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            kind, _, token = (given[0] if len(given) == 1 else b"").partition(b" ")
+            if not hmac.compare_digest(token.strip(), expected) or kind.lower() != b"bearer":
+                refusal = Refusal(401, "the API key is missing or wrong", code="invalid_api_key")
+                return await _response(refusal)(scope, receive, send)
+        await app(scope, receive, send)
+
+    return guard
+
+
+def _response(refusal: Refusal) -> Response:
+    return Response(refusal.body(), refusal.status, refusal.headers, "application/json")
+
+
+def _policy(page: bytes) -> str:
+    """The page runs its own script and nothing else, whatever a model writes into it."""
+
+    def digest(tag: bytes) -> str:
+        inner = page.split(b"<%s>" % tag, 1)[1].split(b"</%s>" % tag, 1)[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(inner).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {digest(b'script')}; style-src {digest(b'style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _takes(name: str) -> dict[str, Any]:
+    """A JSON body, for the description; handlers read it themselves, in worker threads."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _description(app: FastAPI) -> dict[str, Any]:
+    kinds = (schema.ChatRequest, schema.CompletionRequest, schema.TokenizeRequest, schema.DetokenizeRequest)
+    _, models = models_json_schema(
+        [(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}"
+    )
+    found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    found.setdefault("components", {}).setdefault("schemas", {}).update(models["$defs"])
+    return found

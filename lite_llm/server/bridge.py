@@ -1,0 +1,296 @@
+"""Between the event loop and the engine: one thread owns the LLM and steps it while there is work.
+
+The engine never waits for a client. What it says is left at the job, and the event loop is woken once for all jobs.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+
+from lite_llm.engine.request import TokenLogprobs
+from lite_llm.errors import EnvironmentProblem
+from lite_llm.llm import LLM
+from lite_llm.outputs import Delta, InFlight
+from lite_llm.server.job import Job
+from lite_llm.server.refusals import Refusal, refusal_of, stopping, unusable_numbers
+
+log = logging.getLogger("lite_llm")
+
+_IDLE_BEAT = 1.0  # seconds between two signs of life of an engine without work
+_ANSWER = 2.0  # seconds for the engine to answer a question: longer than any step should take
+_MOST_FAILURES = 8  # steps in a row that may raise
+_SHARE = 0.2
+"""Of the time, for handing tokens to clients: Python runs one thread at a time, and the engine needs the rest. Beyond
+it, the tokens of several steps go out together. What is first or last for a client never waits."""
+_LONGEST_QUIET = 0.05  # seconds
+
+
+class Bridge:
+    """`start` and everything above "the engine's thread" belong to the event loop."""
+
+    def __init__(self, llm: LLM, max_queue: int, stall: float = 30.0):
+        """`max_queue`: answers that may wait beyond those that the engine runs together. `stall`: seconds without a
+        sign of life after which the engine counts as stuck."""
+        self._llm = llm
+        self.seats = llm.engine.scheduler.max_requests + max_queue
+        self.taken = 0
+        self.draining = False
+        self.dead: Exception | None = None  # why the engine's thread ended by itself
+        self._stall = stall
+        self._beat = time.monotonic()
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: dict[str, tuple[Job, int]] = {}  # by the name of the engine's request; which prompt of the job
+        self._closing = False
+        self._failures = 0
+        self._lock = threading.Lock()  # over the next two
+        self._fresh: set[Job] = set()  # that have something to say
+        self._urgent: set[Job] = set()  # of these, those that shall not wait
+        self._woken = False
+        self._quiet_until = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._thread = threading.Thread(target=self._work, name="lite_llm-engine", daemon=True)
+
+    def start(self, on_death: Callable[[], None]) -> None:
+        """`on_death` is called in the event loop if the engine can go on no more."""
+        self._loop, self._on_death = asyncio.get_running_loop(), on_death
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken and the engine lives."""
+        return not self.draining and self.dead is None and time.monotonic() - self._beat < self._stall
+
+    @contextlib.contextmanager
+    def seat(self) -> Iterator["Seat"]:
+        """A place among the answers in work, given back at the end. Refusal if there is none, or none any more."""
+        seat = Seat(self)
+        seat.widen(1)
+        try:
+            yield seat
+        finally:
+            self.taken -= seat.size
+
+    def submit(self, job: Job) -> None:
+        self._orders.put(functools.partial(self._add, job))
+        if self.dead:  # looked at after the order is there: the dying thread looks the other way round
+            raise stopping()
+
+    def cancel(self, job: Job) -> None:
+        """End a job within one step; nothing happens if it is over."""
+        if not job.over:
+            self._orders.put(functools.partial(self._end, job, stopping()))
+
+    async def in_flight(self) -> InFlight:
+        """Refusal (503) if the engine does not answer in time."""
+        answer: Future[InFlight] = Future()
+
+        def order() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # who asked has given up
+            try:
+                answer.set_result(self._llm.in_flight())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._orders.put(order)
+        try:
+            async with asyncio.timeout(_ANSWER):
+                return await asyncio.wrap_future(answer)
+        except TimeoutError:
+            raise Refusal(503, "the engine does not answer", code="engine_busy") from None
+
+    def end_all(self) -> None:
+        """Tell every client that the server stops."""
+        self._orders.put(lambda: self._end_all(stopping()))
+
+    async def close(self) -> None:
+        """End the thread, after the step under way; gives up after five seconds."""
+        self._closing = True
+        self._orders.put(lambda: None)
+        await asyncio.to_thread(self._thread.join, 5.0)
+
+    def _publish(self) -> None:
+        now = self._loop.time()
+        with self._lock:
+            if now < self._quiet_until:
+                jobs = self._urgent
+                self._fresh -= jobs
+            else:
+                jobs, self._fresh, self._woken = self._fresh, set(), False
+            self._urgent, later = set(), bool(self._fresh)
+            self._woken = later
+        if later and self._timer is None:
+            self._timer = self._loop.call_at(self._quiet_until, self._resume)
+        for job in jobs:
+            job.wake()
+        if jobs:
+            self._loop.call_soon(self._rest, now)  # behind the tasks that were woken
+
+    def _resume(self) -> None:
+        self._timer = None
+        self._publish()
+
+    def _rest(self, since: float) -> None:
+        now = self._loop.time()
+        self._quiet_until = now + min((now - since) * (1 / _SHARE - 1), _LONGEST_QUIET)
+
+    # ---- the engine's thread
+
+    def _work(self) -> None:
+        try:
+            while not self._closing:
+                idle = self._llm.engine.idle
+                self._obey(wait=idle)
+                if not self._llm.engine.idle:
+                    self._step()
+                self._beat = time.monotonic()
+        except Exception as error:
+            log.error("the engine stops", exc_info=error)
+            self.dead = error
+            try:
+                self._end_all(Refusal(500, "the engine has failed, and the server stops", code="engine_failed"))
+                self._obey(wait=False)
+            finally:
+                self._loop.call_soon_threadsafe(self._on_death)
+
+    def _obey(self, wait: bool) -> None:
+        """Carry out what was ordered."""
+        with contextlib.suppress(queue.Empty):
+            self._orders.get(wait, _IDLE_BEAT)()
+            while True:
+                self._orders.get(False)()
+
+    def _add(self, job: Job) -> None:
+        if self.dead:
+            job.end([], stopping())
+            return self._announce(job)
+        for place, (name, prompt) in enumerate(zip(job.names, job.prompts, strict=True)):
+            try:
+                self._llm.add_request(prompt, job.params, id=name, salt=job.salt)
+            except Exception as error:
+                self._jobs[job.names[0]] = job, 0  # so that there is something to end
+                return self._end(job, refusal_of(error))
+            self._jobs[name] = job, place
+
+    def _step(self) -> None:
+        blamed = True
+        try:
+            deltas = self._llm.step()
+            self._failures = 0
+        except Exception as error:
+            deltas = self._after(error)
+            blamed = any(delta.finish_reason == "error" for delta in deltas)
+        spoken: set[Job] = set()
+        for delta in deltas:
+            if found := self._jobs.get(delta.id):
+                job, place = found
+                self._hand_on(job, place * job.params.n + delta.index, delta)
+                if job.streamed and not job.over:
+                    spoken.add(job)
+        if not blamed:  # nobody was made responsible, and the next step may raise for the same reason
+            self._end_all(unusable_numbers())
+        with self._lock:
+            self._fresh |= spoken
+            self._urgent.update(job for job in spoken if not job.started)
+            wake = bool(self._urgent) or bool(self._fresh) and not self._woken
+            self._woken = self._woken or wake
+        for job in spoken:
+            job.started = True
+        if wake:
+            self._loop.call_soon_threadsafe(self._publish)
+
+    def _after(self, error: Exception) -> list[Delta]:
+        """What a step that raised has said all the same. Raises if no other step can do better."""
+        log.error("a step failed", exc_info=error)
+        self._failures += 1
+        if device_is_lost():
+            raise EnvironmentProblem(f"the GPU has failed: {error}", "start the server again") from error
+        if self._failures > _MOST_FAILURES:
+            raise error
+        said = []
+        for name, (job, place) in list(self._jobs.items()):
+            for choice in self._llm.result(name).choices:
+                at = place * job.params.n + choice.index
+                if job.ended[at]:
+                    continue
+                text, tokens = choice.text[job.said[at] :], choice.token_ids[job.told[at] :]
+                if tokens or choice.finish_reason:
+                    said.append(Delta(name, choice.index, text, tokens, choice.finish_reason or None))
+        return said
+
+    def _hand_on(self, job: Job, at: int, delta: Delta) -> None:
+        """Once for each token of each stream, so in few words. `at`: which choice of the job."""
+        if delta.finish_reason == "error":
+            return self._end(job, unusable_numbers())
+        if job.streamed:
+            logprobs = () if job.params.logprobs is None else self._logprobs(delta, job.told[at])
+            job.pieces.append((at, delta, logprobs))
+        job.told[at] += len(delta.token_ids)
+        job.said[at] += len(delta.text)
+        if delta.finish_reason is not None:
+            job.ended[at] = True
+            if all(job.ended):
+                self._end(job, None)
+
+    def _logprobs(self, delta: Delta, told: int) -> Sequence[TokenLogprobs]:
+        choice = self._llm.result(delta.id).choices[delta.index]
+        return choice.logprobs[told : told + len(delta.token_ids) - isinstance(choice.stop, int)]  # no stop token
+
+    def _end(self, job: Job, failure: Refusal | None) -> None:
+        """Of a job that is done, or at any moment; nothing happens if it has ended."""
+        if job.names[0] not in self._jobs:
+            return
+        outputs = [] if failure else [self._llm.result(name) for name in job.names]
+        for name in job.names:
+            self._llm.forget(name)
+            self._jobs.pop(name, None)
+        job.end(outputs, failure)
+        self._announce(job)
+
+    def _end_all(self, failure: Refusal) -> None:
+        for job in {job for job, _ in self._jobs.values()}:
+            self._end(job, failure)
+
+    def _announce(self, job: Job) -> None:
+        with self._lock:
+            self._fresh.add(job)
+            self._urgent.add(job)
+        self._loop.call_soon_threadsafe(self._publish)
+
+
+class Seat:
+    """Places for the answers of one HTTP request."""
+
+    def __init__(self, bridge: Bridge):
+        self._bridge, self.size = bridge, 0
+
+    def widen(self, size: int) -> None:
+        """To `size` answers. Refusal: 400 if they could never be there together, 429 if not now, 503 if no more."""
+        bridge = self._bridge
+        if bridge.draining or bridge.dead:
+            raise stopping()
+        if size > bridge.seats:
+            raise Refusal(400, f"{size} answers in one request; at most {bridge.seats} are taken", "n")
+        if bridge.taken + size - self.size > bridge.seats:
+            raise Refusal(429, f"{bridge.taken} answers are running or waiting; try again later", code="queue_full")
+        bridge.taken += size - self.size
+        self.size = size
+
+
+def device_is_lost() -> bool:
+    """Whether the GPU's context can do nothing any more, as after an illegal address; never on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False

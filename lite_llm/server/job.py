@@ -1,0 +1,79 @@
+"""One HTTP request in the engine: a prompt or several, with n answers each, and what has been said so far."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lite_llm.engine.request import SamplingParams, TokenLogprobs
+from lite_llm.outputs import Delta, Output
+from lite_llm.prompts import Encoded
+from lite_llm.server.refusals import Refusal
+
+
+@dataclass
+class Piece:
+    """What was added to one choice."""
+
+    index: int  # of the choice: answers of the first prompt come first
+    text: str = ""
+    tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """The engine's thread adds to `pieces` and calls `end`; the event loop calls `news`, and `wake` if there are any.
+
+    `told`, `said` and `ended` belong to the engine's thread: what of each choice was handed on.
+    """
+
+    id: str
+    prompts: list[Encoded]
+    params: SamplingParams
+    streamed: bool
+    salt: str = ""
+    outputs: list[Output] = field(default_factory=list)  # one for each prompt, once it is over
+    failure: Refusal | None = None
+    over: bool = False
+    started: bool = False  # something has been said
+
+    def __post_init__(self):
+        several = len(self.prompts) > 1
+        self.names = [f"{self.id}-{i}" if several else self.id for i in range(len(self.prompts))]
+        choices = len(self.prompts) * self.params.n
+        self.told, self.said, self.ended = [0] * choices, [0] * choices, [False] * choices  # tokens, characters
+        self.pieces: deque[tuple[int, Delta, Sequence[TokenLogprobs]]] = deque()  # which choice, and what it said
+        self._news = asyncio.Event()
+
+    def end(self, outputs: list[Output], failure: Refusal | None = None) -> None:
+        self.outputs, self.failure = outputs, failure
+        self.over = True  # the last thing that is written: who sees it sees the rest
+
+    def wake(self) -> None:
+        self._news.set()
+
+    async def news(self) -> list[Piece]:
+        """What was said since the last call, one piece a choice; [] when all is said. Raises what ended it early."""
+        while True:
+            over = self.over  # read before the pieces, for the last of them comes before it
+            if self.pieces:
+                return self._joined()
+            if over:
+                if self.failure:
+                    raise self.failure
+                return []
+            self._news.clear()
+            await self._news.wait()
+
+    def _joined(self) -> list[Piece]:
+        found: dict[int, Piece] = {}
+        while self.pieces:
+            at, delta, logprobs = self.pieces.popleft()
+            piece = found.setdefault(at, Piece(at))
+            piece.text += delta.text
+            piece.tokens += len(delta.token_ids)
+            piece.logprobs += logprobs
+            piece.finish_reason = delta.finish_reason
+        return list(found.values())

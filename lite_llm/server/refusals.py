@@ -1,0 +1,63 @@
+"""What a client is told instead of an answer: a status, and OpenAI's error document. Nothing internal is in either."""
+
+import json
+import logging
+import re
+
+from lite_llm.errors import ContextExceeded, LiteLLMError, SourceProblem, UsageError
+from lite_llm.text.escape import visible
+
+log = logging.getLogger("lite_llm")
+
+_PARAM = re.compile(r"[a-z_]+(\[\w+\])*(\.[a-z_]+(\[\w+\])*)*")
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+RETRY_AFTER = 1  # seconds: a place may be free as soon as one answer ends
+
+
+class Refusal(Exception):
+    """`status` is that of HTTP; `param` the field that is wrong, `code` a word for programs."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.status == 401:
+            return {"www-authenticate": "Bearer"}
+        return {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
+
+    def document(self) -> dict[str, object]:
+        """In OpenAI's shape."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def body(self) -> bytes:
+        return json.dumps(self.document()).encode()
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """What a client hears of an error while its request was read or added; what it must not hear goes to the log."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, ContextExceeded):
+        return Refusal(400, str(error), code=error.code)
+    if isinstance(error, UsageError):
+        name = _PARAM.match(error.message)
+        rest = error.message[name.end() :] if name else ""
+        param = name[0] if name and rest.startswith((" = ", " is ", " has token id", " holds ")) else None
+        return Refusal(400, visible(str(error)), param)
+    if isinstance(error, SourceProblem):
+        return Refusal(400, visible(str(error)), "messages", error.code)
+    log.error("a request failed", exc_info=error)
+    if isinstance(error, LiteLLMError):
+        return Refusal(500, "the server cannot answer this request; its log says why", code=error.code)
+    return Refusal(500, "an error inside the server; its log says more", code="internal")
+
+
+def unusable_numbers() -> Refusal:
+    return Refusal(500, "the step that computed this answer failed, or gave no usable number", code="step_failed")
+
+
+def stopping() -> Refusal:
+    return Refusal(503, "the server is shutting down", code="shutting_down")

@@ -1,0 +1,92 @@
+"""The page in headless Chromium: `python -m tests.server.browse [FOLDER]` checks it, and puts pictures into FOLDER.
+
+No test of the suite, for it needs Playwright (`pip install playwright`) and a Chromium, whose path CHROMIUM may name.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Page, expect, sync_playwright
+
+from lite_llm.llm import LLM
+from tests.server.conftest import PARIS, Running
+
+
+def ask(page: Page, text: str) -> None:
+    page.fill("#text", text)
+    page.keyboard.press("Enter")
+
+
+def check(page: Page, running: Running) -> None:
+    page.goto(running.url)
+    expect(page.locator("#model")).to_contain_text("demo/chat")
+    ask(page, "My name is Ada.")
+    expect(page.locator("#figures")).to_contain_text("tok/s")
+    ask(page, "What is my name?")
+    expect(page.locator(".turn.assistant").last).to_have_text("Your name is Ada.")
+    expect(page.locator("#flights")).to_contain_text("No requests are in flight.")
+
+    page.click("#fresh")
+    expect(page.locator(".turn")).to_have_count(0)
+    page.locator("summary").click()
+    page.fill("#temperature", "100")  # babbles until it is stopped
+    ask(page, "<img src=x onerror=alert(1)> Count from 1 to 20.")
+    expect(page.locator(".turn.user img")).to_have_count(0)
+    expect(page.locator("#flights tr.own")).to_contain_text("decoding")
+    expect(page.locator("#now")).to_contain_text("1 running")
+    page.click("#go")
+    expect(page.locator("#figures")).to_contain_text("stopped")
+    running.settle()
+    expect(page.locator("#go")).to_have_text("Send")
+
+    page.fill("#temperature", "0")
+    page.fill("#tokens", "3")
+    page.click("#fresh")
+    ask(page, "What is the capital of France?")
+    expect(page.locator(".turn.assistant")).to_have_text("The capital of")
+    expect(page.locator("#figures")).to_contain_text("no tokens left")
+    page.fill("#tokens", "")
+    page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
+    expect(page.locator("#picture")).to_have_text("a.png")
+    ask(page, "What is this?")
+    expect(page.locator(".turn.error")).to_have_count(1)
+    expect(page.locator("#go")).to_have_text("Send")
+    ask(page, "What is the capital of France?")  # what was refused is not sent again
+    expect(page.locator(".turn.assistant").last).to_have_text(PARIS)
+
+
+def check_key(page: Page, running: Running) -> None:
+    page.goto(running.url)
+    expect(page.locator("#model")).to_contain_text("see Settings")
+    page.locator("summary").click()
+    page.fill("#key", "secret")
+    page.keyboard.press("Tab")
+    expect(page.locator("#model")).to_contain_text("demo/chat")
+    expect(page.locator("#now")).to_contain_text("0 running")
+
+
+def main(folder: Path | None) -> None:
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    with LLM(say=lambda text: None, device="cpu") as llm, sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        for scheme, width in (("light", 1280), ("dark", 1280), ("dark", 420)):
+            with Running(llm) as running:
+                page = chromium.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+                faults: list[str] = []
+                page.on("pageerror", lambda error, faults=faults: faults.append(str(error)))
+                check(page, running)
+                wide = page.evaluate_handle("document.documentElement").get_property("scrollWidth").json_value()
+                assert wide <= width and not faults, (wide, faults)
+                if folder:
+                    page.screenshot(path=folder / f"page-{scheme}-{width}.png")
+                page.close()
+        with Running(llm, api_key="secret") as running:
+            check_key(chromium.new_page(), running)
+        chromium.close()
+    print("the page works: light and dark, wide and narrow, with and without a key")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if sys.argv[1:] else None)
