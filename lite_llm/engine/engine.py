@@ -111,9 +111,11 @@ class Engine:
         pictures that it does not take."""
         biased = request.params.logit_bias
         for name, ids in (("prompt", request.ids), ("logit_bias", biased), ("stop_token_ids", request.stop_ids)):
-            for token in ids:
-                if type(token) is not int or not 0 <= token < self.cfg.vocab:
-                    raise UsageError(f"{name} has token id {token!r}; expected 0 to {self.cfg.vocab - 1}")
+            # All at once first: a long prompt would hold up those that are being answered.
+            if set(map(type, ids)) <= {int} and (not ids or min(ids) >= 0 and max(ids) < self.cfg.vocab):
+                continue
+            wrong = next(token for token in ids if type(token) is not int or not 0 <= token < self.cfg.vocab)
+            raise UsageError(f"{name} has token id {wrong!r}; expected 0 to {self.cfg.vocab - 1}")
         if not request.ids:
             raise UsageError("the prompt is empty; expected at least one token")
         if len(request.stop_ids) > MAX_STOPS:

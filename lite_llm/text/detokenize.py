@@ -4,20 +4,17 @@ The trap is that decoding is not per token. A character may be spread over sever
 drop the first space of a text, so a token reads differently at the start; and a byte-fallback decoder (Llama-2) looks
 at a whole run of `<0xNN>` tokens: one invalid byte turns the run, already valid characters included, into U+FFFD.
 So text is the difference of two decodes over a short window of past tokens, and two things are held back: a run of
-byte tokens until another token ends it, and one trailing U+FFFD, which may be the start of a character.
+byte tokens until another token ends it, and one trailing U+FFFD, which may be the start of a character. Most tokens
+are whole characters, though, and where the last text was whole too, what they add is looked up.
 """
 
-import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lite_llm.text.tokenizer import Tokenizer
+from lite_llm.text.tokenizer import BYTE_TOKEN, Tokenizer
 
 # Past tokens decoded along with new ones. An unfinished UTF-8 sequence has at most 3 bytes and a token at least one,
 # so a decode that starts mid-character 8 tokens back agrees with the full decode long before the new tokens.
 _WINDOW = 8
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Detokenizer:
@@ -29,26 +26,54 @@ class Detokenizer:
     the prompt are not looked at, so a character is not continued across the border in that family.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", prompt_ids: Sequence[int] = (), continuation: bool = False):
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), continuation: bool = False):
         self._tokenizer = tokenizer
         self._ids: list[int] = []  # the window, then tokens whose text has not been returned
         if continuation:
             self._ids = self._context(prompt_ids)
         self._done = len(self._ids)  # the text of the tokens before it is returned, but for a trailing U+FFFD
-        self._before = tokenizer.decode(self._ids)  # their text
+        self._before: str | None = tokenizer.decode(self._ids)  # their text; None: not decoded, no U+FFFD at its end
         self._open = False  # the last token is a byte token
 
     def add(self, token_ids: Iterable[int]) -> str:
         """Take the next output ids; returns the new text that no later token can change, often none."""
+        shown, rest = [], iter(token_ids)
+        for token in rest:
+            text = self._tokenizer.plain_text(token) if self._is_whole() else ""
+            if not text:
+                return "".join(shown) + self._add([token, *rest])
+            self._ids = [*self._ids[1 - _WINDOW :], token]
+            self._done, self._before = len(self._ids), None
+            shown.append(text)
+        return "".join(shown)
+
+    def finish(self) -> str:
+        """The output has ended: returns what was held back. Nothing may be added after it."""
+        text = self._tokenizer.decode(self._ids)[_settled(self._decoded()) :]
+        self._ids, self._before = [], ""
+        return text
+
+    def _is_whole(self) -> bool:
+        """Whether some text has been returned, and nothing is held back."""
+        if self._before is None:
+            return not self._open and len(self._ids) == self._done
+        return bool(self._before) and _settled(self._before) == len(self._before) and len(self._ids) == self._done
+
+    def _decoded(self) -> str:
+        if self._before is None:
+            self._before = self._tokenizer.decode(self._ids[: self._done])
+        return self._before
+
+    def _add(self, token_ids: Sequence[int]) -> str:
         for token in token_ids:
             piece = self._tokenizer.piece(token)
             if piece is not None:
                 self._ids.append(token)
-                self._open = _BYTE_TOKEN.fullmatch(piece) is not None
+                self._open = BYTE_TOKEN.fullmatch(piece) is not None
         if self._open or len(self._ids) == self._done:
             return ""
         after = self._tokenizer.decode(self._ids)
-        text = after[_settled(self._before) : _settled(after)]
+        text = after[_settled(self._decoded()) : _settled(after)]
         self._before = after
         if len(self._ids) > _WINDOW:
             window = self._tokenizer.decode(self._ids[-_WINDOW:])
@@ -57,16 +82,10 @@ class Detokenizer:
         self._done = len(self._ids)
         return text
 
-    def finish(self) -> str:
-        """The output has ended: returns what was held back. Nothing may be added after it."""
-        text = self._tokenizer.decode(self._ids)[_settled(self._before) :]
-        self._ids, self._before = [], ""
-        return text
-
     def _context(self, prompt_ids: Sequence[int]) -> list[int]:
         pieces = [(token, self._tokenizer.piece(token)) for token in prompt_ids[-4 * _WINDOW :]]
         pieces = [(token, piece) for token, piece in pieces if piece is not None]
-        while pieces and _BYTE_TOKEN.fullmatch(pieces[-1][1]):
+        while pieces and BYTE_TOKEN.fullmatch(pieces[-1][1]):
             pieces.pop()
         return [token for token, _ in pieces][-_WINDOW:]
 

@@ -4,6 +4,8 @@
 which is never changed after `load` and so may be shared by threads.
 """
 
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _JSON_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 BASE_MODEL = (
     "This is a base model (no chat template). Continuing in completion mode; add a chat_template.jinja to override."
@@ -45,6 +49,8 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self._prefix = _prefix(backend)
         self._piece = lru_cache(maxsize=1 << 16)(self._read_piece)
+        self._joins = _joins(backend)
+        self.plain_text = lru_cache(maxsize=1 << 16)(self._plain_text)
         self._template = ChatTemplate(hf) if hf.chat_template else None
         self.has_template = self._template is not None
         source = self._template.source if self._template else ""
@@ -142,6 +148,14 @@ class Tokenizer:
         alone = self._backend.decode([token], skip_special_tokens=False)
         return self._backend.decode([token, token], skip_special_tokens=False)[len(alone) :]
 
+    def _plain_text(self, token: int) -> str:
+        """What a token adds to any text that does not end within a character; "" if that is not always the same."""
+        piece = self._read_piece(token)
+        if not self._joins or piece is None or BYTE_TOKEN.fullmatch(piece):
+            return ""
+        text = self.token_text(token)
+        return "" if "\ufffd" in text else text
+
     def _read_piece(self, token: int) -> str | None:
         return None if token in self.special_ids else self._backend.id_to_token(token)
 
@@ -165,6 +179,14 @@ def _mark(message: dict[str, Any], marks: Marks) -> dict[str, Any]:
     ]
     extras = {key: marks.mark(message[key], strict=key == "reasoning_content") for key in KEYS if key in message}
     return message | extras | {"content": parts}
+
+
+def _joins(backend: "tokenizers.Tokenizer") -> bool:
+    """Whether the decoder is one of those known to put the texts of tokens behind each other, but for the first."""
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    if decoder.get("type") == "Sequence":  # Llama-2's and its like
+        return [step["type"] for step in decoder["decoders"]] == ["Replace", "ByteFallback", "Fuse", "Strip"]
+    return decoder.get("type") == "ByteLevel"
 
 
 def _prefix(backend: "tokenizers.Tokenizer") -> list[int]:

@@ -244,7 +244,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
     "engine": [
         ("if request.written == 0]", "if request.written == 0 and not request.preemptions]", engine),
         ('self.scheduler.fail(plan, "error")', "pass", engine),
-        ("not 0 <= token < self.cfg.vocab", "not 0 <= token <= self.cfg.vocab", engine),
+        ("max(ids) < self.cfg.vocab", "max(ids) <= self.cfg.vocab", engine),
         ("request.max_len = min(request.max_len, self.cfg.max_len)", "pass", engine),
         ("i - len(rows) + shape.decodes for", "i for", engine),
         ("any(request.adjusted for request in requests)", "False", engine),

@@ -159,3 +159,21 @@ def test_a_continuation_does_not_reopen_the_byte_run_of_the_prompt():
     prompt_ids = tokenizer.encode("the 好")[:-1] + [of("<0xE5>"), of("<0xA5>"), of("<0xBD>")]
     detokenizer = Detokenizer(tokenizer, prompt_ids, continuation=True)
     assert stream(detokenizer, [of("<0xFF>"), of("▁the")], [1, 1]) == "\ufffd the"
+
+
+@families
+def test_whole_characters_are_looked_up_where_decoders_are_known(family, monkeypatch):
+    tokenizer = load(family)
+    ids = tokenizer.encode("Hello world the fox jumps over the lazy dog")[1:]
+    known = family in ("byte_level", "byte_fallback", "metaspace")
+    assert any(map(tokenizer.plain_text, ids)) == known
+    assert not any(tokenizer.plain_text(token) for token in tokenizer.special_ids)
+    want, detokenizer = tokenizer.decode(ids), Detokenizer(tokenizer)
+    shown, calls = detokenizer.add(ids[:1]), []
+    decode = Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", lambda *args: calls.append(args) or decode(*args))
+    for token in ids[1:]:
+        shown += detokenizer.add([token])
+    plain = [token for token in ids[1:] if tokenizer.plain_text(token)]
+    assert len(calls) <= 2 * (len(ids) - 1 - len(plain)) + 1
+    assert shown + detokenizer.finish() == want
