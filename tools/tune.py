@@ -29,19 +29,24 @@ from lite_llm.config import HFConfig
 from lite_llm.engine.roofline import copy_rate
 from lite_llm.errors import LiteLLMError
 from lite_llm.models import registry, shapes
-from lite_llm.ops.triton import gemv, skinny, tuning
+from lite_llm.ops.triton import gemv, skinny, tuning, wide
 from lite_llm.ops.triton.decode import capability
 from lite_llm.ops.triton.tuning import CUBLAS, Choice, Row
 from tools.chain import COLD, PARTS, Chain, Weights
 
 SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b")
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
+WIDE = 32  # for as many tokens or fewer the kernel for many is not tried
 REPLAYS, DROP, KEEP = 6, 1.02, 0.9985  # of a sample; slower is not looked at again; what counts as faster
 
 GRIDS = {  # tried in all combinations that fit, the nearest to the present tile first
     "gemv": {"rows": (1, 2, 4, 8, 16), "columns": (512, 1024, 2048, 4096), "warps": (1, 2, 4, 8)},
     "skinny": {"rows": (16, 32, 64, 128), "columns": (64, 128, 256), "warps": (2, 4, 8), "splits": (1, 2, 4, 8)},
-}
+    "wide": {
+        "tokens": (64, 128, 256), "rows": (32, 64, 128, 256), "columns": (64, 128), "warps": (4, 8),
+        "splits": (1, 2, 4, 8),
+    },
+}  # fmt: skip
 FIELDS = {  # tried one after the other, once the grid has a winner
     "gemv": {
         "ahead": (0, 1 << 21, 1 << 22, 1 << 23, 1 << 24, 3 << 23), "evict_first": (False, True), "release": (0, 1, 2),
@@ -50,6 +55,10 @@ FIELDS = {  # tried one after the other, once the grid has a winner
     "skinny": {
         "stages": (2, 3, 4, 5, 6), "fuse_norm": (False, True), "own": (0, 128, 256, 512, 1024, 2048),
         "tokens": (8, 16, 32, 64, 128), "ahead": (0, 1 << 20, 1 << 22, 1 << 23, 1 << 24), "release": (0, 1, 2),
+    },
+    "wide": {
+        "stages": (2, 3, 4, 5, 6), "tma": (False, True), "own": (0, 64, 128, 256, 512, 1024),
+        "ahead": (0, 1 << 22, 1 << 23, 1 << 24, 3 << 23), "release": (0, 1, 2),
     },
 }  # fmt: skip
 
@@ -123,21 +132,31 @@ def others(chain: Chain, part: str, best: Choice, hint: Choice | None) -> Iterat
     """Every kernel with its default tile, and what won for another number of tokens."""
     key = chain.weights.key(part)
     if hint is not None and hint.kernel == "skinny":
-        hint = Choice("skinny", hint.tile._replace(tokens=max(hint.tile.tokens, _wide(chain.tokens))))
+        hint = Choice("skinny", hint.tile._replace(tokens=max(hint.tile.tokens, _enough(chain.tokens))))
+    if hint is not None and hint.kernel == "wide":
+        hint = Choice(
+            "wide", hint.tile._replace(splits=min(hint.tile.splits, max(wide.MOST_PARTIAL // chain.tokens, 1)))
+        )
     if hint is not None:
         yield hint
     yield CUBLAS
     yield Choice("gemv", gemv.default(*key, chain.tokens))
     tile = skinny.default(*key, chain.tokens, capability(chain.weights.device))
     yield Choice("skinny", tile)
-    yield Choice("skinny", tile._replace(tokens=_wide(chain.tokens)))
+    yield Choice("skinny", tile._replace(tokens=_enough(chain.tokens)))
+    if chain.tokens > WIDE:
+        tile = wide.default(*key, chain.tokens, capability(chain.weights.device))
+        yield Choice("wide", tile)
+        yield Choice("wide", tile._replace(tokens=64))
 
 
 def grid(chain: Chain, part: str, best: Choice, hint: Choice | None) -> list[Choice]:
     """All combinations of the fields that matter most, the nearest first."""
-    found, key = around(best), chain.weights.key(part)
+    found, key, gpu = around(best), chain.weights.key(part), capability(chain.weights.device)
     if chain.tokens >= gemv.MOST_TOKENS and best.kernel != "skinny":  # its default alone says little
-        found += around(Choice("skinny", skinny.default(*key, chain.tokens, capability(chain.weights.device))))
+        found += around(Choice("skinny", skinny.default(*key, chain.tokens, gpu)))
+    if chain.tokens > WIDE and best.kernel != "wide":
+        found += around(Choice("wide", wide.default(*key, chain.tokens, gpu)))
     return found
 
 
@@ -289,7 +308,7 @@ def shown(choice: Choice) -> str:
     return f"{choice.kernel}({', '.join(f'{name}={value}' for name, value in values)})"
 
 
-def _wide(tokens: int) -> int:
+def _enough(tokens: int) -> int:
     """The smallest tile that takes so many tokens."""
     return max(8, 1 << (tokens - 1).bit_length())
 
