@@ -130,6 +130,7 @@ class BareCalls:
         self._names = names
         self._held = ""
         self._at = 0  # up to where it consists of calls
+        self._begun = False  # the place of a tag is behind
         self._calls: list[Call] = []
         self._object: _JSONObject | None = None
         self._is_text = False
@@ -150,7 +151,8 @@ class BareCalls:
     def _is_call(self) -> bool:
         """Whether one more is complete."""
         if self._object is None:
-            if not self._calls and not self._begins():
+            self._begun = self._begun or self._begins()
+            if not self._begun:
                 return False
             self._at = (_BETWEEN if self._calls else _SPACES).match(self._held, self._at).end()
             if self._at == len(self._held):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
@@ -86,6 +86,7 @@ def is_call(text: str, at: int) -> tuple[Call, int] | None:
 @parsers
 @SETTINGS
 @given(TEXTS, st.lists(st.integers(0, 1000)))
+@example('<|python_tag|><|python_tag|>{"name": "f", "arguments": {}}', [])
 def test_the_cut_makes_no_difference(parser, text, places):
     assert said(parser, cut(text, places)) == said(parser, [text]) == said(parser, list(text))
 
