@@ -295,9 +295,13 @@ class LLM:
         """The token ids of a prompt: text with BOS, a conversation through the chat template, ids as they are."""
         return self._reader.ids(prompt)
 
-    def read(self, prompt: Prompt) -> Encoded:
-        """A prompt with all work done that needs no engine, its pictures opened and cut to size; from any thread."""
-        return self._reader.read(prompt)
+    def read(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = ()) -> Encoded:
+        """A prompt with all work done that needs no engine, its pictures opened and cut to size; from any thread.
+
+        `tools`: what the model is told it may call, in OpenAI's form; for conversations. UsageError if the chat
+        template takes none.
+        """
+        return self._reader.read(prompt, tools)
 
     def open(self, source: "PictureSource | Picture") -> Picture:
         """A picture for a message: a path, bytes, a data URL, a PIL image, and where `fetcher` was given, a URL.

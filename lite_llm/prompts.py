@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -10,6 +11,7 @@ from lite_llm.engine.request import Tiles
 from lite_llm.errors import UsageError
 from lite_llm.text.images import Picture, open_picture, take_pictures
 from lite_llm.text.processor import Processor, Tower, expand
+from lite_llm.text.tools import takes_tools
 
 if TYPE_CHECKING:
     from lite_llm.text import Tokenizer
@@ -54,11 +56,13 @@ class Reader:
         self._processor, self._fetcher = processor, fetcher
         self._tiles: WeakKeyDictionary[Picture, Tiles] = WeakKeyDictionary()
 
-    def read(self, prompt: Prompt) -> Encoded:
-        """Everything that the engine needs of a prompt. UsageError for one that cannot be used."""
+    def read(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = ()) -> Encoded:
+        """Everything that the engine needs of a prompt. UsageError for one that cannot be used, or takes no `tools`."""
+        if tools and not (isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping)):
+            raise UsageError("tools are for conversations", "pass messages, or leave tools out")
         if isinstance(prompt, Encoded):
             return prompt
-        ids, pictures = self._take(prompt)
+        ids, pictures = self._take(prompt, tools)
         return Encoded(ids, tuple((start, self._prepare(picture)) for start, picture in pictures))
 
     def ids(self, prompt: Prompt) -> list[int]:
@@ -74,7 +78,9 @@ class Reader:
         """One line: what was sent, what the model sees of it, and what that costs at `kv_bytes` per token."""
         return self._check_vision().receipt(picture, kv_bytes)
 
-    def _take(self, prompt: Prompt) -> tuple[list[int], list[tuple[int, Picture]]]:
+    def _take(
+        self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = ()
+    ) -> tuple[list[int], list[tuple[int, Picture]]]:
         """Token ids with placeholders for pictures, and where each picture begins."""
         if not isinstance(prompt, str) and isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], int):
             return list(prompt), []
@@ -83,11 +89,17 @@ class Reader:
         most = self._cfg.max_len * _CHARS_A_TOKEN
         if isinstance(prompt, str):
             return self._place(self._tokenizer.encode(prompt, max_chars=most), [])
+        if tools and not self._takes_tools:
+            raise UsageError(f"the chat template of {self._name} takes no tools", "leave tools out")
         messages, sources = take_pictures(prompt)
         if sources:
             self._check_vision()
-        ids = self._tokenizer.chat_ids(messages if sources else prompt, max_chars=most)
+        ids = self._tokenizer.chat_ids(messages if sources else prompt, tools=tools, max_chars=most)
         return self._place(ids, [self.open(source) for source in sources])
+
+    @cached_property
+    def _takes_tools(self) -> bool:
+        return takes_tools(self._tokenizer)
 
     def _place(self, ids: list[int], pictures: list[Picture]) -> tuple[list[int], list[tuple[int, Picture]]]:
         if self._cfg.vision is None:

@@ -1,5 +1,8 @@
 """One definition of "the kernel matches the reference", for every test."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter truncates bf16 casts and adds bf16 bit patterns, so bf16 needs a GPU.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Neither library rounds float32 to TF32. pytest's monkeypatch cannot take back what it sets on these objects."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def assert_close(actual: Tensor, expected: Tensor, exact: Tensor | None = None, what: str = "output") -> None:

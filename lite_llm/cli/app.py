@@ -61,6 +61,11 @@ def chat(options: argparse.Namespace, demo: Demo = TEXT) -> int:
         history = transcript.load(Path(options.resume)) if options.resume else []
         from lite_llm.text.fetch import Fetcher
 
+        if options.model is None and not demo.folder.is_dir():
+            raise UsageError(
+                f"{demo.name} is not trained yet",
+                f"tools/train_demo.py --{demo.folder.name} makes it, in minutes on a GPU; or name a model with --model",
+            )
         sources, fetcher = options.image, Fetcher()
         if options.model is None and demo.picture and not sources and not history:
             sources = [str(demo.folder / demo.picture)]
@@ -135,16 +140,21 @@ def watch(options: argparse.Namespace) -> int:
 def _open(options: argparse.Namespace, screen: Screen, demo: Demo = TEXT, **more) -> "LLM":
     _prepare(options, screen)
     bar = LoadingBar(screen)
-    before, pressed = signal.getsignal(signal.SIGINT), []
+    before, pressed, importing = signal.getsignal(signal.SIGINT), [], True
 
     def interrupt(*arguments) -> None:
         pressed.append(True)
-        before(*arguments)
+        if not importing or len(pressed) > 1:  # torch's C++ aborts the process if its import is interrupted
+            before(*arguments)
 
     signal.signal(signal.SIGINT, interrupt)
     try:
         bar.status("starting ...")
         from lite_llm.llm import LLM  # torch: a second or more
+
+        importing = False
+        if pressed:
+            raise KeyboardInterrupt
 
         def say(text: str) -> None:
             bar.clear()
@@ -154,7 +164,7 @@ def _open(options: argparse.Namespace, screen: Screen, demo: Demo = TEXT, **more
     finally:
         signal.signal(signal.SIGINT, before)
         bar.clear()
-    if pressed:  # a library that was being imported has swallowed it
+    if pressed:  # a library has swallowed it
         llm.close()
         raise KeyboardInterrupt
     return llm

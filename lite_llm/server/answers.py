@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import lite_llm
 from lite_llm.engine.request import TokenLogprobs
 from lite_llm.outputs import Choice, Output
 from lite_llm.server.job import Piece
+from lite_llm.server.tools import Calls
 from lite_llm.text import Tokenizer
 
 FINGERPRINT = f"lite_llm-{lite_llm.__version__}"
@@ -40,32 +41,52 @@ class Form(Protocol):
 
     def first(self, index: int) -> dict[str, Any] | None: ...
 
-    def chunk(self, piece: Piece) -> dict[str, Any]: ...
-
-    def last(self, index: int, reason: str) -> dict[str, Any]: ...
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChatForm:
+    """`calls`: makes what reads the tool calls of one answer; None without tools. Made for one request."""
+
     vocabulary: Vocabulary
+    calls: Callable[[], Calls] | None = None
+    _calls: dict[int, Calls] = field(default_factory=dict)  # of each choice that has begun
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl"
 
     def whole(self, index: int, choice: Choice, output: Output) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        message, reason = {"role": "assistant", "content": choice.text, "refusal": None}, choice.finish_reason
+        if self.calls:
+            reader = self.calls()
+            content, calls = reader.add(choice.text, last=True)
+            if calls:
+                told = [{key: value for key, value in call.items() if key != "index"} for call in calls]
+                message |= {"content": content or None, "tool_calls": told}
+            reason = reader.reason(reason)
         logprobs = self._logprobs(_shown(choice)) if choice.logprobs else None
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def first(self, index: int) -> dict[str, Any] | None:
         return _chat_chunk(index, {"role": "assistant", "content": "", "refusal": None})
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        logprobs = self._logprobs(piece.logprobs) if piece.logprobs else None
-        return _chat_chunk(piece.index, {"content": piece.text}, logprobs)
-
-    def last(self, index: int, reason: str) -> dict[str, Any]:
-        return _chat_chunk(index, {}, reason=reason)
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        index, text, calls, reason = piece.index, piece.text, [], piece.finish_reason
+        if self.calls:
+            reader = self._calls.setdefault(index, self.calls())
+            text, calls = reader.add(text, last=reason is not None)
+            reason = reason and reader.reason(reason)
+        parts = []
+        if text or piece.logprobs or reason is None and not self.calls:  # with tools, text may be held back for long
+            logprobs = self._logprobs(piece.logprobs) if piece.logprobs else None
+            parts.append(_chat_chunk(index, {"content": text}, logprobs))
+        for call in calls:  # at first without arguments, as clients know it
+            head = call | {"function": call["function"] | {"arguments": ""}}
+            rest = {"index": call["index"], "function": {"arguments": call["function"]["arguments"]}}
+            parts += [_chat_chunk(index, {"tool_calls": [part]}) for part in (head, rest)]
+        if reason is not None:
+            parts.append(_chat_chunk(index, {}, reason=reason))
+        return parts
 
     def _logprobs(self, tokens: Iterable[TokenLogprobs]) -> dict[str, Any]:
         entry = self.vocabulary.entry
@@ -99,13 +120,14 @@ class TextForm:
     def first(self, index: int) -> dict[str, Any] | None:
         return _text_choice(index, self.echo[index]) if self.echo[index] else None
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        return _text_choice(
-            piece.index, piece.text, self._logprobs(piece.index, piece.logprobs) if piece.logprobs else None
-        )
-
-    def last(self, index: int, reason: str) -> dict[str, Any]:
-        return _text_choice(index, "", reason=reason)
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        index, parts = piece.index, []
+        if piece.finish_reason is None or piece.text or piece.logprobs:
+            logprobs = self._logprobs(index, piece.logprobs) if piece.logprobs else None
+            parts.append(_text_choice(index, piece.text, logprobs))
+        if piece.finish_reason is not None:
+            parts.append(_text_choice(index, "", reason=piece.finish_reason))
+        return parts
 
     def _prompt(self, index: int, output: Output) -> dict[str, Any]:
         """Of the first token nothing is known. A BOS that the prompt did not have takes no room in the text."""
@@ -179,10 +201,7 @@ class Document:
                 self._begun.add(piece.index)
                 if first := form.first(piece.index):
                     parts.append(first)
-            if piece.finish_reason is None or piece.text or piece.logprobs:
-                parts.append(form.chunk(piece))
-            if piece.finish_reason is not None:
-                parts.append(form.last(piece.index, piece.finish_reason))
+            parts += form.chunks(piece)
         head = self._head | {"object": form.chunk_object}
         if running_usage:
             head["usage"] = _usage(self._prompt_tokens, self._tokens)

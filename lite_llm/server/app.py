@@ -26,6 +26,7 @@ from lite_llm.server.bridge import Bridge
 from lite_llm.server.metrics import CONTENT_TYPE, Metrics
 from lite_llm.server.refusals import Refusal, refusal_of
 from lite_llm.server.reply import ClientGone, Reply, Task, off_loop, read_body
+from lite_llm.server.tools import Toolbox, ignored_of, name_results
 from lite_llm.text.images import take_pictures
 
 _OPEN = frozenset({"/", "/health", "/health/ready"})  # paths that need no key
@@ -45,14 +46,18 @@ class Server:
         self._prompt, self._tokenizer, self.context = llm.read, llm.tokenizer, llm.cfg.max_len
         self._vocab = llm.cfg.vocab
         self._vocabulary = Vocabulary(llm.tokenizer)
+        self._toolbox = Toolbox(llm.tokenizer)
 
     def read_chat(self, body: bytes) -> Task:
         request = schema.read(schema.ChatRequest, body)
         ignored = schema.receipt(request)
         self._check_model(request.model)
         params, stream = schema.chat_sampling(request), schema.streaming(request)
-        prompt = self._conversation(request.messages)
-        return Task([prompt], params, stream, ChatForm(self._vocabulary), self.name, ignored, request.cache_salt or "")
+        offered = self._toolbox.offered(request.tools, request.tool_choice)
+        ignored += ignored_of(request.tools)
+        prompt = self._conversation(request.messages, offered)
+        form = ChatForm(self._vocabulary, self._toolbox.reader(offered, only_one=request.parallel_tool_calls is False))
+        return Task([prompt], params, stream, form, self.name, ignored, request.cache_salt or "")
 
     def read_completion(self, body: bytes) -> Task:
         request = schema.read(schema.CompletionRequest, body)
@@ -80,7 +85,7 @@ class Server:
         if (request.prompt is None) == (request.messages is None):
             raise Refusal(400, "expected one of prompt and messages", "prompt")
         if request.prompt is None:
-            tokens = self._conversation(request.messages).ids
+            tokens = self._conversation(request.messages, self._toolbox.offered(request.tools)).ids
         else:
             tokens = self._prompt(request.prompt).ids
         return {"count": len(tokens), "max_model_len": self.context, "tokens": tokens}
@@ -90,14 +95,14 @@ class Server:
         self._check_model(request.model)
         return {"prompt": self._decode("tokens", request.tokens)}
 
-    def _conversation(self, messages: Any) -> Encoded:
+    def _conversation(self, messages: Any, tools: list[dict[str, Any]]) -> Encoded:
         if not isinstance(messages, list) or not messages:
             raise Refusal(400, f"messages = {shown(messages)}; expected a list of messages", "messages")
         if strange := [i for i, message in enumerate(messages) if not isinstance(message, dict)]:
             where = f"messages[{strange[0]}]"
             raise Refusal(400, f"{where} = {shown(messages[strange[0]])}; expected an object", where)
         take_pictures(messages, local=False)  # no client names files of this machine
-        return self._prompt(messages)
+        return self._prompt(name_results(messages) if tools else messages, tools)
 
     def _decode(self, name: str, tokens: list[int]) -> str:
         for token in tokens:

@@ -102,7 +102,8 @@ class Reply(Response):
             usage, running = bool(task.stream.include_usage), bool(task.stream.continuous_usage_stats)
             try:
                 while pieces:
-                    await _send(send, _body(document.events(pieces, usage, running)))
+                    if events := document.events(pieces, usage, running):
+                        await _send(send, _body(events))
                     pieces = await job.news()
                 end = document.final_usage(job.outputs) if usage else b""
                 await _send(send, _body(end + b"data: [DONE]\n\n", more=False))

@@ -18,14 +18,15 @@ T = TypeVar("T", bound=BaseModel)
 _MOST_BRACKETS = 100_000
 """In a body, those in texts included. A million lists in 5 MB hold up every thread of Python for a second."""
 
-_NO_TOOLS = "tools and function calls are not supported yet"
+_NO_TOOLS = "only chats take tools"
+_NO_FUNCTIONS = "it is the old name of tools and tool_choice; send those"
 _NO_GRAMMAR = "constrained answers are not supported yet; leave it out, or use {'type': 'text'}"
 _NO_TEMPLATE = "the chat template is the checkpoint's, and requests cannot change it"
 REFUSED = {
     "tools": _NO_TOOLS,
-    "functions": _NO_TOOLS,
     "tool_choice": _NO_TOOLS,
-    "function_call": _NO_TOOLS,
+    "functions": _NO_FUNCTIONS,
+    "function_call": _NO_FUNCTIONS,
     "response_format": _NO_GRAMMAR,
     **dict.fromkeys(
         ("grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice"), _NO_GRAMMAR
@@ -57,6 +58,8 @@ _PROMPTS = {
     ]
 }
 _MESSAGES = {"type": "array", "items": {"type": "object"}, "minItems": 1}
+_TOOLS = {"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
+_CHOICE = {"anyOf": [{"type": "string", "enum": ["none", "auto"]}, {"type": "null"}]}
 
 
 class _Strict(BaseModel):
@@ -97,6 +100,9 @@ class ChatRequest(Wishes):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: Any = Field(None, json_schema_extra=_TOOLS)
+    tool_choice: Any = Field(None, json_schema_extra=_CHOICE)
+    parallel_tool_calls: bool | None = None  # false: an answer ends with its first call
 
 
 class CompletionRequest(Wishes):
@@ -109,6 +115,7 @@ class TokenizeRequest(_Strict):
     model: str | None = None
     prompt: str | None = None
     messages: Any = Field(None, json_schema_extra=_MESSAGES)
+    tools: Any = Field(None, json_schema_extra=_TOOLS)
 
 
 class DetokenizeRequest(_Strict):

@@ -70,7 +70,7 @@ def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
     for call in calls:
         function = call.get("function")
         if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
-            with suppress(ValueError):  # a model may have written broken JSON: the template shows it as it is
+            with suppress(ValueError, RecursionError):  # a model may have written broken JSON: it is shown as it is
                 call = {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
         parsed.append(dict(call))
     return parsed

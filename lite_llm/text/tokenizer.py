@@ -23,6 +23,7 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.mode
 _JSON_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+CALL_START, CALL_END = "<tool_call>", "</tool_call>"  # text to those who read calls, even where they are special tokens
 
 BASE_MODEL = (
     "This is a base model (no chat template). Continuing in completion mode; add a chat_template.jinja to override."
@@ -43,7 +44,9 @@ class Tokenizer:
         backend.encode_special_tokens = False
         added = backend.get_added_tokens_decoder()
         self._backend = backend
-        self.special_ids = frozenset(t for t, token in added.items() if token.special) | set(hf.all_special_ids)
+        markup = {t for t, token in added.items() if token.content in (CALL_START, CALL_END)}
+        special = {t for t, token in added.items() if token.special}
+        self.special_ids = frozenset(special | set(hf.all_special_ids)) - markup
         self.bos_id: int | None = hf.bos_token_id
         self.eos_ids = frozenset(() if hf.eos_token_id is None else (hf.eos_token_id,))
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)

@@ -13,7 +13,7 @@ from lite_llm.engine.engine import Flight
 from lite_llm.engine.request import Request, SamplingParams
 from lite_llm.engine.runner import Piece, Shape
 from lite_llm.rope import Rope
-from tests.engine.models import fill_, tiny_config
+from tests.engine.models import Rig, alone, fill_, tiny_config
 
 WISHES = (
     {"temperature": 0.0},
@@ -53,6 +53,20 @@ def test_prompts_beside_decodes_take_what_timed_shapes_allow():
         alone, mixed = chooser.fit(decodes, 0, 0), chooser.fit(decodes, 1, tokens)
         assert chooser.seconds[mixed] <= slowdown * chooser.seconds[alone]
     assert chooser.beside(8, 1.0) == 16  # none is that fast
+
+
+@pytest.mark.parametrize("slowdown, most", [(None, 200), (2.0, 32)])
+def test_an_engine_that_knows_its_shapes_holds_prompts_back_beside_decodes(slowdown, most):
+    rig = Rig(slots=600, rows=4, step_tokens=200, max_len=300, padded=True)
+    rig.engine.max_slowdown = slowdown
+    rig.engine.runner.seconds = {s: 1.0 + 0.03 * s.tokens for s in rig.engine.runner.fixed}
+    first = rig.add([1, 2], max_tokens=50)
+    rig.step()
+    second = rig.add([i % 16 for i in range(150)], max_tokens=2)
+    rig.step()
+    assert first.decoding and second.cached == min(150, most)
+    rig.run()
+    assert (second.output, second.finish_reason) == alone(second, 16)
 
 
 def config_of(max_len: int) -> ModelConfig:

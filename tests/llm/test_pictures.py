@@ -15,7 +15,7 @@ from lite_llm.llm import DEMO, LLM
 from lite_llm.models import tiling
 from lite_llm.prompts import Encoded
 from lite_llm.text.fetch import Fetcher
-from tests.close import DEVICE
+from tests.close import DEVICE, exact_float32
 from tests.llm.conftest import joined, params
 from tests.llm.llava import Theirs, ask, make, noise
 
@@ -24,9 +24,9 @@ SHAPES = [(40, 30), (24, 24), (17, 90), (300, 41)]
 
 
 @pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def exact():
+    with exact_float32():
+        yield
 
 
 @pytest.fixture(scope="module", params=["1.5", "next"])

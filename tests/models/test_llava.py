@@ -20,7 +20,7 @@ from lite_llm.errors import BadCheckpoint
 from lite_llm.layers import LayerFactory
 from lite_llm.models import registry, tiling
 from lite_llm.weights import load_weights, open_checkpoint
-from tests.close import DEVICE, assert_close
+from tests.close import DEVICE, assert_close, exact_float32
 from tests.models.test_parity import one_thread, our_logits
 
 __all__ = ["one_thread"]  # a fixture that holds for this file too
@@ -238,12 +238,11 @@ def test_half_precision_is_no_worse_than_that_of_transformers_on_a_gpu(dtype, tm
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fact", FACTS)
-def test_logits_match_transformers_on_a_gpu(fact, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_logits_match_transformers_on_a_gpu(fact, tmp_path):
     theirs = saved(tmp_path, FACTS[fact]).to("cuda")
     ours, cfg = ours_from(tmp_path, device="cuda")
-    assert picture_error(theirs, ours, cfg, FACTS[fact], [(30, 50), (24, 24)], "cuda") <= 1e-4
+    with exact_float32():
+        assert picture_error(theirs, ours, cfg, FACTS[fact], [(30, 50), (24, 24)], "cuda") <= 1e-4
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from lite_llm.config import HFConfig, ModelConfig
 from lite_llm.layers import LayerFactory
 from lite_llm.models import registry
 from lite_llm.weights.rules import load
-from tests.close import DEVICE, assert_close
+from tests.close import DEVICE, assert_close, exact_float32
 
 TINY = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -243,9 +243,9 @@ def test_kernels_match_transformers(family):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_match_transformers_on_a_gpu(family, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    assert parity_error(FAMILIES[family], (13, 1, 7, 40), "cuda") <= 1e-4
+def test_logits_match_transformers_on_a_gpu(family):
+    with exact_float32():
+        assert parity_error(FAMILIES[family], (13, 1, 7, 40), "cuda") <= 1e-4
 
 
 @pytest.mark.gpu

@@ -2,93 +2,14 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from lite_llm.ops import reference
-from lite_llm.ops.triton import decode as decoding
-from lite_llm.ops.triton.attention import attend
 from tests.close import DEVICE, DTYPES, assert_close
-
-GPU = pytest.mark.gpu
-NAN, INF = float("nan"), float("inf")
-
-
-@dataclass
-class Case:
-    """A ragged batch: `new` tokens of each request, the last at position `lengths` - 1, in random slots of a pool."""
-
-    q: Tensor
-    k_pool: Tensor
-    v_pool: Tensor
-    table: Tensor
-    rows: Tensor
-    q_start: Tensor
-    kv_len: Tensor
-    decodes: int
-    scale: float
-    window: int | None
-    causal: bool = True
-
-    def run(self, op=attend) -> Tensor:
-        return op(**vars(self))
-
-    def alone(self, b: int) -> "Case":
-        mine = slice(int(self.q_start[b]), int(self.q_start[b + 1]))
-        start = torch.tensor([0, mine.stop - mine.start], dtype=torch.int32, device=DEVICE)
-        rows, kv_len = self.rows[b : b + 1].clone(), self.kv_len[b : b + 1].clone()
-        return replace(
-            self, q=self.q[mine].clone(), rows=rows, q_start=start, kv_len=kv_len, decodes=int(b < self.decodes)
-        )
-
-
-def case(
-    lengths: list[int], new: list[int] | None = None, heads: int = 4, kv_heads: int = 2, head_dim: int = 32,
-    dtype: torch.dtype = torch.float32, window: int | None = None, poison: float = NAN, decodes: int | None = None,
-) -> Case:  # fmt: skip
-    new = [1] * len(lengths) if new is None else new
-    if decodes is None:
-        decodes = next((b for b, n in enumerate(new) if n != 1), len(new))
-    used, width = sum(lengths), max(lengths, default=0) + 3
-    order = torch.randperm(used + 16)
-    pools = torch.full((2, used + 16, kv_heads, head_dim), poison)
-    pools[:, order[:used]] = torch.randn(2, used, kv_heads, head_dim)
-    table = torch.full((len(lengths) + 2, width), int(order[-1]), dtype=torch.int32)  # foreign behind each length
-    rows = torch.randperm(len(lengths) + 2)[: len(lengths)]
-    for row, slots in zip(rows.tolist(), order[:used].split(lengths) if lengths else []):
-        table[row, : len(slots)] = slots.int()
-    q = torch.randn(sum(new), heads, head_dim)
-    start = torch.tensor([0, *new]).cumsum(0)
-    ints = [t.to(DEVICE, torch.int32) for t in (table, rows, start, torch.tensor(lengths))]
-    floats = [t.to(DEVICE, dtype) for t in (q, pools[0], pools[1])]
-    return Case(*floats, *ints, decodes, head_dim**-0.5, window)
-
-
-def exact(c: Case) -> Tensor:
-    """The reference's formula in float64; tokens before position 0, and tokens of no request, get zeros."""
-    out = torch.zeros(c.q.shape, dtype=torch.float64, device=c.q.device)
-    for b, length in enumerate(c.kv_len.tolist()):
-        begin, end = c.q_start[b : b + 2].tolist()
-        slots = c.table[c.rows[b], :length].long()
-        k, v = (
-            pool[slots].double().repeat_interleave(c.q.shape[1] // pool.shape[1], 1) for pool in (c.k_pool, c.v_pool)
-        )
-        scores = torch.einsum("qhd,khd->hqk", c.q[begin:end].double(), k) * c.scale
-        key = torch.arange(length, device=c.q.device)
-        query = torch.arange(length - (end - begin), length, device=c.q.device)[:, None]
-        seen = (key <= query) & (key > query - (c.window or length + 1)) | (not c.causal)
-        weights = scores.masked_fill(~seen, -INF).softmax(-1).nan_to_num(0.0)
-        out[begin:end] = torch.einsum("hqk,khd->qhd", weights, v)
-    return out
-
-
-def check(c: Case) -> Tensor:
-    got = c.run()
-    assert_close(got, c.run(reference.attend), exact(c))
-    return got
+from tests.ops.attention import GPU, INF, NAN, case, check, exact
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -238,67 +159,6 @@ def test_a_prompt_in_chunks_is_the_same_to_the_bit():
             ints = [torch.tensor(t, dtype=torch.int32, device=DEVICE) for t in ([0, end - begin], [end])]
             part = replace(whole, q=whole.q[begin:end].clone(), q_start=ints[0], kv_len=ints[1])
             assert torch.equal(part.run(), want[begin:end])
-
-
-@pytest.mark.parametrize("programs", [1, 3, 100])
-@pytest.mark.parametrize("window", [None, 700])
-def test_segments_add_up_alike_whoever_computes_them(monkeypatch, programs, window):
-    """One long request among short ones: runs of many requests, of one, and of a single segment."""
-    monkeypatch.setattr(decoding, "max_segments", lambda kv_heads: 16)
-    c = case([70, 2500, 1, 129, 0, 1100, 0], heads=2, kv_heads=1, head_dim=16, window=window)
-    want = check(c)
-    monkeypatch.setattr(decoding, "processors", lambda device: programs)
-    assert torch.equal(c.run(), want)
-
-
-def shaped(c: Case, **change) -> Tensor:
-    usual = decoding.tiles(c.q.shape[2], c.q.element_size(), decoding.capability(c.q.device), len(c.rows))
-    out, args = torch.empty_like(c.q), (c.table, c.rows, c.kv_len, c.decodes, c.scale, c.window)
-    decoding.decode(c.q, c.k_pool, c.v_pool, out, *args, shape=usual._replace(**change))
-    return out
-
-
-@pytest.mark.parametrize("window", [None, 300])
-@pytest.mark.parametrize("release", [decoding.AT_ONCE, decoding.WAITED, decoding.LAST])
-def test_any_shares_release_and_prefetches_give_the_same_bits_in_a_row_of_launches(release, window):
-    c = case([700, 1, 70, 129, 0], None, 8, 2, 64, torch.bfloat16 if DEVICE == "cuda" else torch.float16, window)
-    want = check(c)
-    for asked, least in ((0, 1), (1, 2), (2, 4), (4, 8), (8, 1000)):
-        got = [shaped(c, release=release, asked=asked, least=least) for _ in range(5 if DEVICE == "cuda" else 1)]
-        assert all(torch.equal(one, want) for one in got), (asked, least)
-
-
-def test_a_request_of_one_share_is_not_merged(monkeypatch):
-    kept, make = [], decoding.workspace
-    monkeypatch.setattr(decoding, "workspace", lambda *args: kept.append(make(*args)) or kept[-1])
-    c = case([500], head_dim=16)
-    assert torch.equal(check(c), shaped(c, least=500 // 16 + 1))
-    assert not kept[0][0].isnan().all() and kept[1][0].isnan().all()
-
-
-@pytest.mark.parametrize("programs", [2, 40])
-def test_more_requests_than_one_look_at_their_lengths(monkeypatch, programs):
-    """Also that requests without keys may stand anywhere, a run of nothing else included."""
-    monkeypatch.setattr(decoding, "processors", lambda device: programs)
-    lengths = [b % 4 for b in range(250)] + [0] * 20 + [150, 1, 90]
-    check(case(lengths, heads=1, kv_heads=1, head_dim=16))
-
-
-@GPU
-@pytest.mark.parametrize("window", [None, 300])
-def test_launched_as_a_dependent_or_not_is_the_same_to_the_bit(monkeypatch, window):
-    c = case([3000, 1, 700, 0, 129, 200], None, 8, 2, 64, torch.bfloat16, window)
-    got = [c.run() for _ in range(20)]
-    monkeypatch.setattr(decoding, "pdl", lambda device: False)
-    want = c.run()
-    assert all(torch.equal(one, want) for one in got)
-
-
-def test_tickets_are_zero_again(monkeypatch):
-    kept, make = [], decoding.tickets
-    monkeypatch.setattr(decoding, "tickets", lambda *args: kept.append(make(*args)) or kept[-1])
-    case([500, 1, 300, 0]).run()
-    assert not kept[0].any()
 
 
 def test_scores_of_any_size_give_no_nan():

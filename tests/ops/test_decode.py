@@ -1,0 +1,70 @@
+"""Flash-decoding: whoever computes a request's keys, and however kernels follow each other, the bits are the same."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lite_llm.ops.triton import decode as decoding
+from tests.close import DEVICE
+from tests.ops.attention import GPU, Case, case, check
+
+
+@pytest.mark.parametrize("programs", [1, 3, 100])
+@pytest.mark.parametrize("window", [None, 700])
+def test_segments_add_up_alike_whoever_computes_them(monkeypatch, programs, window):
+    """One long request among short ones: runs of many requests, of one, and of a single segment."""
+    monkeypatch.setattr(decoding, "max_segments", lambda kv_heads: 16)
+    c = case([70, 2500, 1, 129, 0, 1100, 0], heads=2, kv_heads=1, head_dim=16, window=window)
+    want = check(c)
+    monkeypatch.setattr(decoding, "processors", lambda device: programs)
+    assert torch.equal(c.run(), want)
+
+
+def shaped(c: Case, **change) -> Tensor:
+    usual = decoding.tiles(c.q.shape[2], c.q.element_size(), decoding.capability(c.q.device), len(c.rows))
+    out, args = torch.empty_like(c.q), (c.table, c.rows, c.kv_len, c.decodes, c.scale, c.window)
+    decoding.decode(c.q, c.k_pool, c.v_pool, out, *args, shape=usual._replace(**change))
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("release", [decoding.AT_ONCE, decoding.WAITED, decoding.LAST])
+def test_any_shares_release_and_prefetches_give_the_same_bits_in_a_row_of_launches(release, window):
+    c = case([700, 1, 70, 129, 0], None, 8, 2, 64, torch.bfloat16 if DEVICE == "cuda" else torch.float16, window)
+    want = check(c)
+    for asked, least in ((0, 1), (1, 2), (2, 4), (4, 8), (8, 1000)):
+        got = [shaped(c, release=release, asked=asked, least=least) for _ in range(5 if DEVICE == "cuda" else 1)]
+        assert all(torch.equal(one, want) for one in got), (asked, least)
+
+
+def test_a_request_of_one_share_is_not_merged(monkeypatch):
+    kept, make = [], decoding.workspace
+    monkeypatch.setattr(decoding, "workspace", lambda *args: kept.append(make(*args)) or kept[-1])
+    c = case([500], head_dim=16)
+    assert torch.equal(check(c), shaped(c, least=500 // 16 + 1))
+    assert not kept[0][0].isnan().all() and kept[1][0].isnan().all()
+
+
+@pytest.mark.parametrize("programs", [2, 40])
+def test_more_requests_than_one_look_at_their_lengths(monkeypatch, programs):
+    """Also that requests without keys may stand anywhere, a run of nothing else included."""
+    monkeypatch.setattr(decoding, "processors", lambda device: programs)
+    lengths = [b % 4 for b in range(250)] + [0] * 20 + [150, 1, 90]
+    check(case(lengths, heads=1, kv_heads=1, head_dim=16))
+
+
+@GPU
+@pytest.mark.parametrize("window", [None, 300])
+def test_launched_as_a_dependent_or_not_is_the_same_to_the_bit(monkeypatch, window):
+    c = case([3000, 1, 700, 0, 129, 200], None, 8, 2, 64, torch.bfloat16, window)
+    got = [c.run() for _ in range(20)]
+    monkeypatch.setattr(decoding, "pdl", lambda device: False)
+    want = c.run()
+    assert all(torch.equal(one, want) for one in got)
+
+
+def test_tickets_are_zero_again(monkeypatch):
+    kept, make = [], decoding.tickets
+    monkeypatch.setattr(decoding, "tickets", lambda *args: kept.append(make(*args)) or kept[-1])
+    case([500, 1, 300, 0]).run()
+    assert not kept[0].any()
