@@ -14,7 +14,7 @@ from lite_llm.ops.triton import attention, hopper
 from lite_llm.ops.triton.compile import ahead_of_time
 from lite_llm.ops.triton.hopper import Plan
 from tests.close import DEVICE, assert_close
-from tests.ops.test_attention import case, exact
+from tests.ops.attention import case, exact
 
 START, BF16, F16 = time.time(), torch.bfloat16, torch.float16
 PLANS = {

@@ -14,7 +14,7 @@ from lite_llm.ops.triton.decode import LOG2E, LOWEST
 from lite_llm.ops.triton.hopper import on_hopper
 from tests.close import DEVICE, assert_close
 from tests.ops import gluon
-from tests.ops.test_attention import Case, case, exact
+from tests.ops.attention import Case, case, exact
 
 GPU = pytest.mark.gpu
 SOURCES = [Path(lite_llm.ops.triton.__file__).parent / f"{name}.py" for name in ("hopper_multiply", "hopper")]
