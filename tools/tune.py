@@ -37,6 +37,7 @@ from tools.chain import COLD, PARTS, Chain, Weights
 
 SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b")
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
+MOST_DECODING = 256  # more tokens are a prompt's; what decoding requests' attention would cost there says nothing
 WIDE = 32  # for as many tokens or fewer the kernel for many is not tried
 WIDE_STARTS = (  # tokens, rows of the weight, columns, warps, stages: what has won somewhere
     (64, 64, 128, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 4), (128, 64, 64, 4, 4), (128, 128, 64, 4, 3),
@@ -100,6 +101,8 @@ def tune(args: argparse.Namespace) -> None:
             jobs -= 1
             chain, name = Chain(weights, tokens, args.context), f"{shape}, {tokens} tokens"
             choices = {part: present(weights, part, tokens) for part in PARTS}
+            if tokens > MOST_DECODING:
+                choices["attention"] = Choice("none", None)
             timer = Timer(chain, choices, args.workers)
             print(f"{name}: {timer.summary(choices, copy)}", flush=True)
             parts = [part for part in PARTS if part in args.parts and tokens >= weights.least(part)]
