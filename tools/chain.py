@@ -157,7 +157,7 @@ class Chain:
         return family.fits(choice.tile, inputs, outputs, self.tokens, 2, op == "gated", gpu)
 
     def right(self, part: str, choice: Choice) -> bool:
-        """Whether a part computes what plain torch does in fp32, with room for the worst of many millions of roundings."""
+        """Whether a part computes what plain torch does in fp32, with room for the worst of millions of roundings."""
         expected = self._expected(part)
         poison = torch.full_like(expected[0], float("nan"), dtype=self.weights.dtype)
         del poison  # the allocator gives the same memory to the kernel's output
