@@ -99,7 +99,8 @@ def _layer_norm_kernel(x, weight, bias, out, width, stride, eps, BLOCK: tl.const
     h = tl.load(x + row * stride + col, mask, other=0.0).to(tl.float32)
     # Sums of squares around the mean: far from it they would cancel. A mean rounded off would be all there is of equal
     # values, and 1 / sqrt(eps) times as much: div_rn is exact for them where / is not.
-    h = tl.where(mask, h - tl.div_rn(tl.sum(h), width.to(tl.float32)), 0.0)
+    count = tl.zeros([], tl.float32) + width  # a constant where the width is 1
+    h = tl.where(mask, h - tl.div_rn(tl.sum(h), count), 0.0)
     h = h * tl.rsqrt(tl.sum(h * h) / width + eps) * w.to(tl.float32) + b.to(tl.float32)
     tl.store(out + row * width + col, h.to(out.dtype.element_ty), mask)
 
