@@ -34,6 +34,7 @@ from lite_llm.weights.random import random_hf_tensors
 from lite_llm.weights.rules import load
 
 if TYPE_CHECKING:
+    from lite_llm.text.images import Decode
     from lite_llm.text.images import Source as PictureSource
 
 log = logging.getLogger("lite_llm")
@@ -58,6 +59,7 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         status: Say | None = None,
         fetcher: Fetcher | None = None,
+        decode: "Decode | None" = None,
         **options,
     ):
         """Plan, load and get ready.
@@ -67,8 +69,9 @@ class LLM:
         tokenizer. `options` are the fields of `EngineConfig`. `say` gets the memory plan and notices, one line each;
         `progress` gets (bytes loaded, bytes in all), and `status` what is done after loading, how many of it are done
         and how many there are: on a GPU kernels are compiled and CUDA graphs recorded, so that no answer waits for
-        either. `fetcher` downloads pictures named by URL; without one URLs are refused. Raises a LiteLLMError that says
-        what is wrong and what to do.
+        either. `fetcher` downloads pictures named by URL; without one URLs are refused. `decode`
+        decodes pictures: `Decoders.decode` does it in other processes, which hostile files may end; None: in this one.
+        Raises a LiteLLMError that says what is wrong and what to do.
         """
         config = _engine_config(options)
         if shape is not None:
@@ -104,7 +107,7 @@ class LLM:
         for key in ("eos_token_id", "text_config.eos_token_id"):
             self.eos_ids |= set(_ids(hf.get(object, key, None)))
         processor = Processor.load(here, tower_of(self.cfg.vision)) if self.cfg.vision is not None else None
-        self._reader = Reader(self.name, self.cfg, self.tokenizer, processor, fetcher)
+        self._reader = Reader(self.name, self.cfg, self.tokenizer, processor, fetcher, decode)
         checkpoint = open_checkpoint(source.directory())
         rules = registry.find(self.cfg.architecture)[0].RULES
         self._ready(lambda net: load_weights(net, checkpoint, rules, progress), status)

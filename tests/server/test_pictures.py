@@ -2,18 +2,31 @@
 
 import base64
 import io
+import logging
+import os
+import signal
+import threading
 
 import pytest
 
+from lite_llm.text.decoders import Decoders
 from tests.llm.llava import make, noise
 from tests.server.conftest import Running, opened
 from tests.server.test_refusals import refusal
+from tests.text.pictures import png
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
+def decoders():
+    with Decoders(seconds=5) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory, decoders):
     folder = make(tmp_path_factory.mktemp("server") / "llava")
-    with opened(folder, kv_tokens=400, max_requests=4, step_tokens=64) as llm, Running(llm) as running:
+    options = dict(kv_tokens=400, max_requests=4, step_tokens=64, decode=decoders.decode)
+    with opened(folder, **options) as llm, Running(llm, max_body=8 << 20) as running:
         yield running
 
 
@@ -50,4 +63,45 @@ def test_what_is_no_picture_and_what_is_elsewhere_is_refused(seeing):
         assert "files of this machine" in refusal(seeing.chat(messages=[message]))["message"]
     many = asked(*[data_url(noise(8, 8))] * 100)
     refusal(seeing.chat(messages=many))
+    seeing.settle()
+
+
+def png_url(width, height) -> str:
+    """Black, one bit a pixel: as little to send for its size as can be."""
+
+    return (
+        "data:image/png;base64,"
+        + base64.b64encode(png(width, height, 1, 0, bytes(height * (1 + (width + 7) // 8)))).decode()
+    )
+
+
+def test_small_requests_do_not_become_gigabytes(seeing):
+    """Each picture is within its limit; together they are not."""
+    assert "pixels; at most" in refusal(seeing.chat(messages=asked(png_url(20_000, 20_000))))["message"]
+    error = refusal(seeing.chat(messages=asked(*[png_url(8000, 8000)] * 20)))
+    assert "128,000,000 pixels together" in error["message"]
+    seeing.settle()
+
+
+@pytest.mark.parametrize("way, said", [(signal.SIGSEGV, "SIGSEGV"), (signal.SIGSTOP, "takes more than 5 s")])
+def test_a_decoder_that_dies_or_hangs_takes_one_request_with_it(seeing, decoders, caplog, way, said):
+    """FLT-05. Meanwhile others are answered, with pictures and without."""
+    wishes = dict(temperature=0, max_tokens=8, ignore_eos=True)
+    want = seeing.chat(messages=asked(data_url(noise(40, 30))), **wishes).json()["choices"]
+    heard = []
+    seeing.until(lambda: decoders._idle)
+    victim = decoders._idle[-1].process  # the next one that is asked
+    thread = threading.Thread(target=lambda: heard.append(seeing.chat(messages=asked(png_url(8000, 8000)))))
+    with caplog.at_level(logging.WARNING, "lite_llm"):
+        thread.start()
+        seeing.until(lambda: not decoders._idle or decoders._idle[-1].process is not victim)
+        os.kill(victim.pid, way)
+        others = [seeing.chat(messages=asked(data_url(noise(40, 30))), **wishes) for _ in range(3)]
+        assert seeing.chat(max_tokens=2).status_code == 200
+        thread.join(20)
+    error = refusal(heard[0])
+    assert said in error["message"] and "data URL" in error["message"] and "\n" not in error["message"]
+    assert [answer.json()["choices"] == want for answer in others] == [True] * 3
+    assert said in caplog.text and "Traceback" not in caplog.text
+    assert victim.poll() is not None
     seeing.settle()
