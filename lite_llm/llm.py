@@ -24,7 +24,7 @@ from lite_llm.models import registry, shapes
 from lite_llm.outputs import Delta, InFlight, Output, Timings, Usage
 from lite_llm.prompts import Encoded, Message, Prompt, Reader, tower_of
 from lite_llm.text import Tokenizer
-from lite_llm.text.fetch import Fetcher
+from lite_llm.text.fetch import Fetcher, Gone
 from lite_llm.text.images import Picture
 from lite_llm.text.processor import Processor
 from lite_llm.weights.files import open_checkpoint
@@ -298,13 +298,13 @@ class LLM:
         """The token ids of a prompt: text with BOS, a conversation through the chat template, ids as they are."""
         return self._reader.ids(prompt)
 
-    def read(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = ()) -> Encoded:
+    def read(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = (), gone: Gone | None = None) -> Encoded:
         """A prompt with all work done that needs no engine, its pictures opened and cut to size; from any thread.
 
         `tools`: what the model is told it may call, in OpenAI's form; for conversations. UsageError if the chat
-        template takes none.
+        template takes none. Once `gone` says that nobody waits any more, no download goes on.
         """
-        return self._reader.read(prompt, tools)
+        return self._reader.read(prompt, tools, gone)
 
     def open(self, source: "PictureSource | Picture") -> Picture:
         """A picture for a message: a path, bytes, a data URL, a PIL image, and where `fetcher` was given, a URL.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite_llm.errors import EnvironmentProblem, UsageError, shown
-from lite_llm.text.fetch import MOST_BYTES, Fetcher, is_picture_type
+from lite_llm.text.fetch import MOST_BYTES, Fetcher, Gone, is_picture_type
 from lite_llm.text.headers import EXPECTED, FORMATS, MOST_EXTRA, MOST_PIXELS, check_size, measure
 
 if TYPE_CHECKING:
@@ -52,10 +52,13 @@ Decode = Callable[[bytes, str], Picture]
 """(a file's bytes, what to call it in messages) -> what it shows; a UsageError if that cannot be."""
 
 
-def open_picture(source: "Source", fetcher: Fetcher | None = None, decode: Decode | None = None) -> Picture:
+def open_picture(
+    source: "Source", fetcher: Fetcher | None = None, decode: Decode | None = None, gone: Gone | None = None
+) -> Picture:
     """One picture, decoded. A string is a path or a URL; http(s) URLs need a `fetcher`.
 
     `decode` stands for `decode_here`: `Decoders.decode` does it in another process. PIL images are decoded here.
+    `gone` ends a download, see `Fetcher.fetch`.
     Raises a UsageError for anything that is not a whole picture of a known format and a bearable size.
     """
     try:
@@ -71,7 +74,7 @@ def open_picture(source: "Source", fetcher: Fetcher | None = None, decode: Decod
             return decode(_from_data_url(source), "the picture (data URL)")
         if fetcher is None:
             raise UsageError(f"{shown(source)}: URLs are not fetched here", "send the picture itself, as a data URL")
-        return decode(fetcher.fetch(source), "the picture (URL)")
+        return decode(fetcher.fetch(source, gone), "the picture (URL)")
     if isinstance(source, (str, Path)):
         return decode(_from_file(source), shown(str(source)))
     if isinstance(source, (bytes, bytearray, memoryview)):

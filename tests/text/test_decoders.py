@@ -119,7 +119,17 @@ def test_a_child_is_small_and_its_memory_has_a_limit(fresh):
     pid = child_of(fresh).pid
     assert "torch" not in Path(f"/proc/{pid}/maps").read_text()
     limits = Path(f"/proc/{pid}/limits").read_text()
-    assert f"Max address space         {2 << 30}" in limits and "Max core file size        0 " in limits
+    assert (
+        f"Max address space         {2 << 30}" in limits
+        and "Max core file size        0                    0 " in limits
+    )
+
+
+def test_a_child_that_waits_for_the_next_picture_is_not_late():
+    with Decoders(seconds=0.3) as decoders:
+        check_works(decoders)
+        time.sleep(1.5)  # longer than a child lives that hangs
+        assert child_of(decoders).poll() is None
 
 
 # ---- what ends a child
