@@ -33,7 +33,7 @@ class DecoderEnded(UsageError):
     """A picture that its decoder did not survive: the file is hostile, or the decoder has a bug that it shows."""
 
 
-class Decoders:
+class Decoders(contextlib.AbstractContextManager):
     """Child processes that decode pictures: as many as threads ask at the same time. A context manager ends them."""
 
     def __init__(self, seconds: float = SECONDS, memory: int = MEMORY):
@@ -42,9 +42,6 @@ class Decoders:
         self._children: set[_Child] = set()
         self._idle: list[_Child] = []
         self._closed = False
-
-    def __enter__(self) -> "Decoders":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -72,14 +69,13 @@ class Decoders:
             self._drop(child)
             raise
         self._idle.append(child)
-        if "refused" in answer:
-            raise UsageError(*answer["refused"])
+        if isinstance(answer, dict):
+            raise UsageError(**answer)
         import PIL.Image
 
-        image = PIL.Image.frombytes("RGB", tuple(answer["size"]), pixels)
-        return Picture(
-            image, answer["digest"], tuple(answer["stored_size"]), answer["stored_mode"], tuple(answer["notes"])
-        )
+        size, digest, stored_size, stored_mode, notes = answer
+        image = PIL.Image.frombytes("RGB", tuple(size), pixels)
+        return Picture(image, digest, tuple(stored_size), stored_mode, tuple(notes))
 
     def _take(self) -> "_Child":
         while self._idle:
@@ -182,7 +178,8 @@ def serve(seconds: float, memory: int) -> None:
     import numpy  # noqa: F401
     import PIL.Image  # noqa: F401
 
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (memory if hard < 0 else min(memory, hard),) * 2)  # -1: there is none yet
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold a user's picture
     link = socket.socket(fileno=0)
     with contextlib.suppress(OSError):
@@ -196,13 +193,10 @@ def serve(seconds: float, memory: int) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(data: bytes, name: str) -> tuple[dict[str, Any], bytes]:
+def _answer(data: bytes, name: str) -> tuple[Any, bytes]:
+    """What is known of a picture and its pixels, or why it is refused."""
     try:
         picture, pixels = decode_with_bytes(data, name)
     except UsageError as error:
-        return {"refused": [error.message, error.hint]}, b""
-    about = {
-        "size": picture.size, "digest": picture.digest, "stored_size": picture.stored_size,
-        "stored_mode": picture.stored_mode, "notes": picture.notes,
-    }  # fmt: skip
-    return about, pixels
+        return {"message": error.message, "hint": error.hint}, b""
+    return [picture.size, picture.digest, picture.stored_size, picture.stored_mode, picture.notes], pixels

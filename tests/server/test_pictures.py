@@ -18,6 +18,7 @@ from tests.llm.llava import make, noise
 from tests.server.conftest import Running, opened
 from tests.server.test_refusals import refusal
 from tests.text.pictures import encoded, png
+from tests.text.test_decoders import state
 from tests.text.test_fetch import HEAD, stall, web
 
 
@@ -126,7 +127,7 @@ def test_a_decoder_that_dies_or_hangs_takes_one_request_with_it(seeing, decoders
     thread = threading.Thread(target=lambda: heard.append(seeing.chat(messages=asked(png_url(8000, 8000)))))
     with caplog.at_level(logging.WARNING, "lite_llm"):
         thread.start()
-        seeing.until(lambda: not decoders._idle or decoders._idle[-1].process is not victim)
+        seeing.until(lambda: state(victim.pid) == "R")
         os.kill(victim.pid, way)
         others = [seeing.chat(messages=asked(data_url(noise(40, 30))), **wishes) for _ in range(3)]
         assert seeing.chat(max_tokens=2).status_code == 200
