@@ -26,7 +26,6 @@ def load(paths: list[Path], kernel: str, seed: int = 0, **names: Any) -> Callabl
     """
     tree = _Rewrite().visit(ast.parse("\n".join(path.read_text() for path in paths)))
     tree.body = [n for n in tree.body if not isinstance(n, ast.Import | ast.ImportFrom | ast.ClassDef)]
-    tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and n.targets[0].id == "PLANS")]
     for n in tree.body:
         if isinstance(n, ast.FunctionDef):
             n.returns = None

@@ -5,8 +5,6 @@ from the last to the first, so that only the first blocks need masks. A block wh
 the copy engine; any other is gathered slot by slot. Written in Gluon, which Triton's interpreter cannot run.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -29,68 +27,59 @@ _REQUESTS = gl.constexpr(128)  # that the search for a tile looks at together
 _LEVELS = gl.constexpr(16)
 
 
-class Plan(NamedTuple):
-    groups: int  # warp groups that multiply, 64 rows each
-    keys: int  # of a block
-    stages: int  # blocks of K, and of V, in shared memory
-    turns: bool  # whether the groups issue their matmuls in turn
-    registers: int  # of a thread that multiplies; who brings has the rest
-
-
-PLANS = {64: Plan(2, 128, 4, True, 208), 128: Plan(2, 128, 2, True, 224)}
-"""By head dim: what this kernel serves."""
+HEAD_DIM = 128
+"""The only one that this kernel serves: at 64 the portable one was measured as fast."""
+_GROUPS = 2  # warp groups that multiply, 64 rows each
+_KEYS = 128  # of a block
+_STAGES = 2  # blocks of K, and of V, in shared memory
+_REGISTERS = 224  # of a thread that multiplies; who brings has the rest
 
 
 def on_hopper(q: Tensor, k_pool: Tensor, v_pool: Tensor) -> bool:
     """Whether this kernel serves them: by what they are, never by how many, on which a request's bits would depend."""
-    if not q.is_cuda or capability(q.device) != 90 or q.element_size() != 2 or q.shape[2] not in PLANS:
+    if not q.is_cuda or capability(q.device) != 90 or q.element_size() != 2 or q.shape[2] != HEAD_DIM:
         return False
     return all(t.data_ptr() % 16 == 0 for t in (q, k_pool, v_pool))  # the copy engine's and cp.async's step
 
 
 def attend_hopper(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, out: Tensor, table: Tensor, rows: Tensor, q_start: Tensor,
-    kv_len: Tensor, decodes: int, scale: float, window: int | None, causal: bool, plan: Plan | None = None,
+    kv_len: Tensor, decodes: int, scale: float, window: int | None, causal: bool,
 ) -> None:  # fmt: skip
     """Write the rows of `out` from `decodes` on: those of the other requests, and zeros where no request owns one.
 
-    Arguments as of `attend`, already checked; bf16 or fp16, and a head dim of PLANS.
+    Arguments as of `attend`, already checked; bf16 or fp16, and HEAD_DIM.
     """
     tokens, heads, head_dim = q.shape
     kv_heads, requests = k_pool.shape[1], len(rows) - decodes
-    plan = plan or PLANS[head_dim]
     kind = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([plan.keys, head_dim], kind)
-    boxes = [TensorDescriptor.from_tensor(p.flatten(1), [plan.keys, head_dim], layout) for p in (k_pool, v_pool)]
+    layout = gl.NVMMASharedLayout.get_default_for([_KEYS, head_dim], kind)
+    boxes = [TensorDescriptor.from_tensor(p.flatten(1), [_KEYS, head_dim], layout) for p in (k_pool, v_pool)]
     _hopper_kernel[(processors(q.device),)](
         q, *boxes, k_pool, v_pool, out, table, rows, q_start, kv_len, tickets(2, q.device),
         table.stride(0), decodes, requests, tokens, scale, window or 0,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, WINDOWED=window is not None, CAUSAL=causal,
-        GROUPS=plan.groups, KEYS=plan.keys, STAGES=plan.stages, TURNS=plan.turns,
-        REGISTERS=plan.registers, num_warps=4,
+        GROUPS=_GROUPS, KEYS=_KEYS, STAGES=_STAGES, REGISTERS=_REGISTERS, num_warps=4,
     )  # fmt: skip
 
 
 def aot_cases(capability: int) -> list[AotCase]:
     if capability != 90:
         return []
-    kinds = ((4, False, True), (4, True, True), (1, False, False))
-    sizes = [(d, "bf16", *kind) for d in PLANS for kind in kinds] + [(128, "fp16", 7, False, True)]
-    return [_case(*size) for size in sizes]
+    kinds = (("bf16", 4, False, True), ("bf16", 4, True, True), ("bf16", 1, False, False), ("fp16", 7, False, True))
+    return [_case(*kind) for kind in kinds]
 
 
-def _case(head_dim: int, dtype: str, group: int, windowed: bool, causal: bool, plan: Plan | None = None) -> AotCase:
-    plan = plan or PLANS[head_dim]
+def _case(dtype: str, group: int, windowed: bool, causal: bool) -> AotCase:
     kind = gl.bfloat16 if dtype == "bf16" else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([plan.keys, head_dim], kind)
-    box = f"tensordesc<{dtype}[{plan.keys}, {head_dim}],{layout!r}>"
+    layout = gl.NVMMASharedLayout.get_default_for([_KEYS, HEAD_DIM], kind)
+    box = f"tensordesc<{dtype}[{_KEYS}, {HEAD_DIM}],{layout!r}>"
     kinds = dict.fromkeys(("q", "k_pool", "v_pool", "out"), f"*{dtype}") | {"k_boxes": box, "v_boxes": box}
     kinds |= dict.fromkeys(("table", "rows", "q_start", "kv_len", "counters"), "*i32") | {"scale": "fp32"}
     kinds |= dict.fromkeys(("table_stride", "decodes", "requests", "tokens", "window"), "i32")
-    constants = {"KV_HEADS": 8, "GROUP": group, "HEAD_DIM": head_dim, "WINDOWED": windowed, "CAUSAL": causal}
-    constants |= {"GROUPS": plan.groups, "KEYS": plan.keys, "STAGES": plan.stages, "TURNS": plan.turns}
-    constants |= {"REGISTERS": plan.registers}
-    name = f"hopper-{dtype}-d{head_dim}-g{group}" + "-window" * windowed + "-all" * (not causal)
+    constants = {"KV_HEADS": 8, "GROUP": group, "HEAD_DIM": HEAD_DIM, "WINDOWED": windowed, "CAUSAL": causal}
+    constants |= {"GROUPS": _GROUPS, "KEYS": _KEYS, "STAGES": _STAGES, "REGISTERS": _REGISTERS}
+    name = f"hopper-{dtype}-g{group}" + "-window" * windowed + "-all" * (not causal)
     unaligned = dict.fromkeys(("table", "rows", "q_start", "kv_len"), 1)
     return AotCase(name, _hopper_kernel, kinds, constants, unaligned, 4, 3, SHARED[90])
 
@@ -103,7 +92,7 @@ def _hopper_kernel(
     q, k_boxes, v_boxes, k_pool, v_pool, out, table, rows, q_start, kv_len, counters,
     table_stride, decodes, requests, tokens, scale, window,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, WINDOWED: gl.constexpr, CAUSAL: gl.constexpr,
-    GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
+    GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Barriers by twos: `ready` is completed once by who brings, `free` once by each group that multiplies.
 
@@ -139,19 +128,11 @@ def _hopper_kernel(
     given = (q, k_boxes, v_boxes, k_pool, v_pool, table, rows + decodes, q_start + decodes, kv_len + decodes, counters)
     scale *= LOG2E
     # Who brings is first, because the kernel's arguments cost the first warp group no registers.
-    if GROUPS == 2:
-        gl.warp_specialize([
-            (_bring, (given, table_stride, requests, tokens, window, shared, KV_HEADS, GROUP, WINDOWED, CAUSAL)),
-            (multiply, (out, window, scale, shared, 0, KV_HEADS, GROUP, WINDOWED, CAUSAL, TURNS)),
-            (multiply, (out, window, scale, shared, 1, KV_HEADS, GROUP, WINDOWED, CAUSAL, TURNS)),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_bring, (given, table_stride, requests, tokens, window, shared, KV_HEADS, GROUP, WINDOWED, CAUSAL)),
-            (multiply, (out, window, scale, shared, 0, KV_HEADS, GROUP, WINDOWED, CAUSAL, TURNS)),
-            (multiply, (out, window, scale, shared, 1, KV_HEADS, GROUP, WINDOWED, CAUSAL, TURNS)),
-            (multiply, (out, window, scale, shared, 2, KV_HEADS, GROUP, WINDOWED, CAUSAL, TURNS)),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+    gl.warp_specialize([
+        (_bring, (given, table_stride, requests, tokens, window, shared, KV_HEADS, GROUP, WINDOWED, CAUSAL)),
+        (multiply, (out, window, scale, shared, 0, KV_HEADS, GROUP, WINDOWED, CAUSAL)),
+        (multiply, (out, window, scale, shared, 1, KV_HEADS, GROUP, WINDOWED, CAUSAL)),
+    ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
 
 
 @gluon.jit

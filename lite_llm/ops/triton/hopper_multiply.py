@@ -44,7 +44,7 @@ def fact(facts, tiles, i: gl.constexpr):
 @gluon.jit
 def multiply(
     out, window, scale, shared, me: gl.constexpr,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, WINDOWED: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, WINDOWED: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile, until there are no more. `scale` is for powers of 2."""
     queries, facts, k_ring, v_ring, gathered, q_ready, q_free, k_ready, k_free, v_ready, v_free, turn = shared
@@ -73,9 +73,8 @@ def multiply(
         fence_async_shared()
         last = blocks + stop - start - 1
         _wait_for(blocks, k_ready, gathered, 0, STAGES)
-        scores = _scores(shared, blocks, me, TURNS)
-        if TURNS:
-            mbarrier.arrive(turn.index((me + 1) % GROUPS), count=1)
+        scores = _scores(shared, blocks, me)
+        mbarrier.arrive(turn.index((me + 1) % GROUPS), count=1)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_free.index(blocks % STAGES), count=1)
         scores = _mask(scores, (stop - 1) * KEYS, position, window, WINDOWED, SL)
@@ -89,20 +88,20 @@ def multiply(
         for i in range(stop - 1 - middle):
             p, peak, total, acc = _step(
                 shared, blocks + i, last, (stop - 2 - i) * KEYS, position, window, scale, p, peak, total, acc,
-                me, True, WINDOWED, TURNS,
+                me, True, WINDOWED,
             )  # fmt: skip
         blocks += stop - 1 - middle
         for i in range(middle - edge):
             p, peak, total, acc = _step(
                 shared, blocks + i, last, (middle - 1 - i) * KEYS, position, window, scale, p, peak, total, acc,
-                me, False, WINDOWED, TURNS,
+                me, False, WINDOWED,
             )  # fmt: skip
         blocks += middle - edge
         if WINDOWED:
             for i in range(edge - start):
                 p, peak, total, acc = _step(
                     shared, blocks + i, last, (edge - 1 - i) * KEYS, position, window, scale, p, peak, total, acc,
-                    me, True, WINDOWED, TURNS,
+                    me, True, WINDOWED,
                 )  # fmt: skip
             blocks += edge - start
         mbarrier.arrive(q_free.index(0), count=1)
@@ -136,13 +135,12 @@ def _wait_for(n, ready, gathered, of: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _scores(shared, n, me: gl.constexpr, TURNS: gl.constexpr):
+def _scores(shared, n, me: gl.constexpr):
     """Issue the product of the queries and block n, which is there."""
     queries, facts, k_ring, v_ring, gathered, q_ready, q_free, k_ready, k_free, v_ready, v_free, turn = shared
     STAGES: gl.constexpr = k_ring.shape[0]
     KEYS: gl.constexpr = k_ring.shape[1]
-    if TURNS:
-        mbarrier.wait(turn.index(me), (n & 1) ^ 1 if me == 0 else n & 1)
+    mbarrier.wait(turn.index(me), (n & 1) ^ 1 if me == 0 else n & 1)
     none = gl.zeros([64, KEYS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
     keys = k_ring.index(n % STAGES).permute((1, 0))
     return warpgroup_mma(queries.index(me), keys, none, use_acc=False, is_async=True)
@@ -160,7 +158,7 @@ def _mask(scores, first_key, position, window, WINDOWED: gl.constexpr, SL: gl.co
 @gluon.jit
 def _step(
     shared, n, last, first_key, position, window, scale, p, peak, total, acc,
-    me: gl.constexpr, MASKED: gl.constexpr, WINDOWED: gl.constexpr, TURNS: gl.constexpr,
+    me: gl.constexpr, MASKED: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
     """Add block n's values while block n + 1, whose keys begin at `first_key`, gets its weights."""
     queries, facts, k_ring, v_ring, gathered, q_ready, q_free, k_ready, k_free, v_ready, v_free, turn = shared
@@ -168,11 +166,10 @@ def _step(
     STAGES: gl.constexpr = k_ring.shape[0]
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, k_ring.shape[1], 16])
     AL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, k_ring.shape[2], 16])
-    scores = _scores(shared, n + 1, me, TURNS)
+    scores = _scores(shared, n + 1, me)
     _wait_for(n, v_ready, gathered, STAGES, STAGES)
     acc = warpgroup_mma(p, v_ring.index(n % STAGES), acc, is_async=True)
-    if TURNS:
-        mbarrier.arrive(turn.index((me + 1) % GROUPS), count=1)
+    mbarrier.arrive(turn.index((me + 1) % GROUPS), count=1)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_free.index((n + 1) % STAGES), count=1)
     if MASKED:
