@@ -69,13 +69,14 @@ def run(options: argparse.Namespace, screen: Screen, load: Callable[..., Abstrac
     """`load` opens the model, once the address is taken."""
     try:
         from lite_llm.server.run import ServeOptions, fetcher_from, listen, serve
+        from lite_llm.text.decoders import Decoders
     except ImportError as error:
         if (error.name or "").startswith("lite_llm"):
             raise
         raise EnvironmentProblem(f"{error}", "pip install -r requirements-serve.txt") from None
     given = {name: getattr(options, name) for name in _WISHES if getattr(options, name) is not None}
     wishes, fetcher = ServeOptions(**given), fetcher_from(options.fetch_from)
-    with listen(wishes) as listener, load(fetcher=fetcher) as llm:
+    with listen(wishes) as listener, Decoders() as decoders, load(fetcher=fetcher, decode=decoders.decode) as llm:
         return serve(llm, listener, wishes, screen.note)
 
 

@@ -4,9 +4,11 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,6 +16,7 @@ from PIL import Image
 from lite_llm.cli import llava_main
 from lite_llm.cli.app import PICTURES
 from tests.cli.test_terminal import PROMPT, ROOT, Terminal
+from tests.text.pictures import png
 
 FIRST = "I see a green heart, a purple ring and a red triangle on a white background.\n"
 WHAT = "What is in the picture?"
@@ -104,6 +107,19 @@ def test_a_text_model_takes_no_pictures(call):
     assert (code, out) == (2, "") and "text only" in err
 
 
+def kill_decoder(terminal: Terminal, folder) -> int:
+    """IMG-03: while it is at a large picture, as a fault in it would."""
+    (folder / "large.png").write_bytes(png(8000, 8000, 8, 2, bytes(8000 * 24001)))
+    children = Path(f"/proc/{terminal.process.pid}/task/{terminal.process.pid}/children")
+    (child,) = map(int, children.read_text().split())
+    terminal.send(f"/image {folder / 'large.png'}\r")
+    end = time.monotonic() + 20
+    while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "R":
+        assert time.monotonic() < end, "it does not begin"
+    os.kill(child, signal.SIGSEGV)
+    return child
+
+
 def test_a_session(tmp_path):
     with Terminal("cli_llava.py", home=tmp_path, COLORTERM="truecolor") as terminal:
         assert "▀" in terminal.wait("64 tokens") and "38;2;" in terminal.seen.decode()
@@ -115,6 +131,10 @@ def test_a_session(tmp_path):
         terminal.wait("At the top left")
         # the picture's 64 tokens and all around them are in the cache
         assert int(re.search(r"\((\d+) cached", terminal.wait("cached"))[1]) > 80
+        terminal.wait(PROMPT)
+        hurt = kill_decoder(terminal, tmp_path)
+        terminal.wait(r"\(SIGSEGV\)")
+        assert not os.path.exists(f"/proc/{hurt}")
         terminal.wait(PROMPT)
         terminal.send("/image /nowhere.png\r")
         terminal.wait("there is no such file")
