@@ -15,7 +15,7 @@ from lite_llm.cli.flight import FRAME, FlightView, top
 from lite_llm.cli.screen import Screen, width
 from lite_llm.cli.serve import KEY
 from lite_llm.errors import SourceProblem, UsageError
-from lite_llm.outputs import InFlight, Progress
+from lite_llm.outputs import InFlight, Progress, SlotMap
 
 _DEADLINE = 5.0  # seconds for a server to answer
 _MOST_BYTES = 64 << 20
@@ -61,7 +61,9 @@ class Remote:
 def _in_flight(found: dict[str, Any]) -> InFlight:
     requests = tuple(Progress(**one) for one in found["requests"])
     names = ("running", "waiting", "slots_used", "slots_cached", "slots", "tokens")
-    return InFlight(requests, *(int(found[name]) for name in names))
+    cells = found["map"]
+    drawn = SlotMap(int(cells["size"]), *(tuple(map(int, cells[name])) for name in ("used", "cached")))
+    return InFlight(requests, *(int(found[name]) for name in names), drawn)
 
 
 def run(options: argparse.Namespace, screen: Screen, sleep: Callable[[float], None] = time.sleep) -> int:

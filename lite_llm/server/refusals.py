@@ -25,6 +25,8 @@ class Refusal(Exception):
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
+        if self.code == "timeout":
+            return {"x-should-retry": "false"}  # clients of OpenAI would ask, and wait, twice more
         return {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
 
     def document(self) -> dict[str, object]:
@@ -57,6 +59,11 @@ def refusal_of(error: Exception) -> Refusal:
 
 def unusable_numbers() -> Refusal:
     return Refusal(500, "the step that computed this answer failed, or gave no usable number", code="step_failed")
+
+
+def too_late(seconds: float) -> Refusal:
+    message = f"the answer had not begun after {seconds:g} s, the timeout of this request; its place is free again"
+    return Refusal(503, message, "timeout", "timeout")
 
 
 def stopping() -> Refusal:

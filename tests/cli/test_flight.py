@@ -15,14 +15,15 @@ from lite_llm.cli.flight import FRAME, SHARE, FlightView, frame
 from lite_llm.cli.session import Session
 from lite_llm.engine.request import SamplingParams
 from lite_llm.llm import LLM
-from lite_llm.outputs import InFlight, Progress
+from lite_llm.outputs import InFlight, Progress, SlotMap
 from tests.cli.test_terminal import Terminal
 
 WAITING = Progress("request-1", 0, "waiting", 100, 0, 0, 0, 50, 0, 0, None, 0.25, None)
 PROMPT = Progress("request-2", 0, "prompt", 100, 40, 10, 0, 100, 40, 0, None, 0.5, None)
 DECODING = Progress("request-3", 0, "decoding", 100, 100, 0, 50, 100, 160, 2, 0.0123, 12.5, None)
 DONE = Progress("request-4", 0, "done", 100, 100, 0, 100, 100, 0, 0, 0.2, 3.0, "length")
-NOW = InFlight((WAITING, PROMPT, DECODING, DONE), 2, 1, 200, 24, 1000, 1234)
+MAP = SlotMap(100, (100, 50, 0, 0, 0, 50, 0, 0, 0, 0), (0, 0, 0, 0, 24, 0, 0, 0, 0, 0))
+NOW = InFlight((WAITING, PROMPT, DECODING, DONE), 2, 1, 200, 24, 1000, 1234, MAP)
 
 
 class Tty(io.StringIO):
