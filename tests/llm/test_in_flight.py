@@ -23,6 +23,10 @@ def checked(llm) -> InFlight:
     assert now.waiting == states.count("waiting") == len(scheduler.waiting)
     assert now.slots_used == len({slot for request in scheduler.running for slot in request.slots})
     assert now.slots_used + now.slots_cached + scheduler.slots.free_count == now.slots == scheduler.capacity
+    assert (sum(now.map.used), sum(now.map.cached)) == (now.slots_used, now.slots_cached)
+    used = {slot for request in scheduler.running for slot in request.slots}
+    cells = range(1, now.slots + 1, now.map.size)
+    assert now.map.used == tuple(len(used & set(range(first, first + now.map.size))) for first in cells)
     for p in now.requests:
         assert 0 <= p.prompt_done <= p.prompt and 0 <= p.output <= p.wanted and p.age >= 0
         assert (p.finish_reason is not None) == (p.state == "done")
