@@ -1,9 +1,9 @@
 """What callers get back. Plain data."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lite_llm.engine.request import Request, SamplingParams, TokenLogprobs
 
@@ -146,3 +146,14 @@ class InFlight:
             scheduler.taken, scheduler.prefix.evictable, scheduler.capacity, scheduler.made,
             SlotMap.of(scheduler.slots),
         )  # fmt: skip
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> "InFlight":
+        """One that went through JSON; further fields are ignored. KeyError, TypeError or ValueError if it is none."""
+        cells, slots = told["map"], int(told["slots"])
+        size, used, cached = int(cells["size"]), tuple(map(int, cells["used"])), tuple(map(int, cells["cached"]))
+        if slots < 1 or size < 1 or not len(used) == len(cached) == -(-slots // size):
+            raise ValueError("the map has another size than the pool")
+        counts = (int(told[name]) for name in ("running", "waiting", "slots_used", "slots_cached"))
+        requests = tuple(Progress(**one) for one in told["requests"])
+        return cls(requests, *counts, slots, int(told["tokens"]), SlotMap(size, used, cached))
