@@ -25,9 +25,10 @@ class Refusal(Exception):
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
+        headers = {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
         if self.code == "timeout":
-            return {"x-should-retry": "false"}  # clients of OpenAI would ask, and wait, twice more
-        return {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
+            headers["x-should-retry"] = "false"  # clients of OpenAI would ask, and wait, twice more
+        return headers
 
     def document(self) -> dict[str, object]:
         """In OpenAI's shape."""

@@ -63,6 +63,7 @@ def test_who_waits_past_the_deadline_is_told_and_leaves_the_queue(slow, wishes):
     error = refused.json()["error"]
     assert refused.status_code == 503 and (error["code"], error["param"]) == ("timeout", "timeout")
     assert "0.25 s" in error["message"] and refused.headers["x-should-retry"] == "false"
+    assert refused.headers["retry-after"] == "1"
     assert len(scheduler.running) == 16 and not scheduler.waiting
     slow.until(lambda: slow.bridge.taken == 16, 1.0)
     for connection in holding:
