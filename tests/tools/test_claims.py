@@ -93,9 +93,7 @@ def test_the_longest_answer_that_fits_is_measured_and_the_others_are_left_out(st
     claims_peers.versus(stage, plan)
     (row,) = made.rows
     assert "950 new tokens" in row.work and row.sides[OURS]["tokens"] == row.sides[JUDGE]["tokens"] == 3 * 950
-    assert (
-        "1900 new tokens" in made.left_out[0]["what"] and "and 110 s of its time are left" in made.left_out[0]["why"]
-    )
+    assert "1900 new tokens" in made.left_out[0]["what"] and "and 110 s of its time are left" in made.left_out[0]["why"]
     assert median(row, OURS, JUDGE) == pytest.approx(4.0) and not row.ratios[0]["differs"]  # one pair says no more
 
 
