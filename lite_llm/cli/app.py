@@ -137,9 +137,11 @@ def watch(options: argparse.Namespace) -> int:
     return _guarded(lambda: top.run(options, screen), screen, options)
 
 
-def _open(options: argparse.Namespace, screen: Screen, demo: Demo = TEXT, **more) -> "LLM":
+def _open(
+    options: argparse.Namespace, screen: Screen, demo: Demo = TEXT, bar: LoadingBar | None = None, **more
+) -> "LLM":
     _prepare(options, screen)
-    bar = LoadingBar(screen)
+    bar = bar or LoadingBar(screen)
     before, pressed, importing = signal.getsignal(signal.SIGINT), [], True
 
     def interrupt(*arguments) -> None:

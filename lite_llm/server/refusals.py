@@ -61,3 +61,8 @@ def unusable_numbers() -> Refusal:
 
 def stopping() -> Refusal:
     return Refusal(503, "the server is shutting down", code="shutting_down")
+
+
+def loading(progress: str) -> Refusal:
+    """`progress`: how far it is, in words; "" if that is not known."""
+    return Refusal(503, "the model is being loaded" + (f": {progress}" if progress else ""), code="model_loading")
