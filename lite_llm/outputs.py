@@ -36,7 +36,7 @@ class Choice:
 @dataclass(frozen=True)
 class Usage:
     prompt_tokens: int
-    cached_tokens: int  # of these, how many needed no computing
+    cached_tokens: int | None  # of these, how many needed no computing; None: a server did not say
     completion_tokens: int  # of all choices
 
 

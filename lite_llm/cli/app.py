@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lite_llm.cli import oneshot, pictures, report, transcript, warmup
+from lite_llm.cli.client import Client
+from lite_llm.cli.remote import Remote
 from lite_llm.cli.screen import LoadingBar, Screen
+from lite_llm.cli.serve import KEY
 from lite_llm.cli.session import Session
 from lite_llm.errors import EnvironmentProblem, LiteLLMError, SourceProblem, UsageError
 
 if TYPE_CHECKING:
     from lite_llm.llm import LLM
+    from lite_llm.text.fetch import Fetcher
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
 _HINTS = "/help lists the commands   Ctrl-C stops an answer   Ctrl-D leaves"
@@ -50,8 +54,10 @@ PICTURES = Demo("demo/vision", "What is in the picture?", "picture-1.png")
 
 
 def chat(options: argparse.Namespace, demo: Demo = TEXT) -> int:
-    """Opens `demo` if `options` name no model; its picture too, if they bring neither pictures nor a conversation."""
+    """Opens `demo` if `options` name no model and no server; its picture too, if they bring neither pictures nor a
+    conversation."""
     screen = Screen.of_process(raw=options.raw, quiet=options.quiet)
+    bundled = options.model is None and options.connect is None
 
     def work() -> int:
         text = oneshot.question(options.prompt, sys.stdin)
@@ -61,16 +67,16 @@ def chat(options: argparse.Namespace, demo: Demo = TEXT) -> int:
         history = transcript.load(Path(options.resume)) if options.resume else []
         from lite_llm.text.fetch import Fetcher
 
-        if options.model is None and not demo.folder.is_dir():
+        if bundled and not demo.folder.is_dir():
             raise UsageError(
                 f"{demo.name} is not trained yet",
                 f"tools/train_demo.py --{demo.folder.name} makes it, in minutes on a GPU; or name a model with --model",
             )
         sources, fetcher = options.image, Fetcher()
-        if options.model is None and demo.picture and not sources and not history:
+        if bundled and demo.picture and not sources and not history:
             sources = [str(demo.folder / demo.picture)]
         seen = pictures.open_all(sources, fetcher, screen) if sources else []
-        with _open(options, screen, demo, fetcher=fetcher) as llm:
+        with _speaker(options, screen, demo, fetcher) as llm:
             session = Session(llm, options.params)
             if options.resume:
                 session.resume(Path(options.resume), history)
@@ -86,7 +92,7 @@ def chat(options: argparse.Namespace, demo: Demo = TEXT) -> int:
             from lite_llm.cli.chat import Chat
             from lite_llm.cli.line import LineInput, plain_line
 
-            if options.model is None:
+            if bundled:
                 screen.note(str(demo))
             screen.note(_HINTS)
             ask = plain_line if os.environ.get("TERM") == "dumb" else LineInput()
@@ -135,6 +141,13 @@ def watch(options: argparse.Namespace) -> int:
 
     screen = Screen.of_process(quiet=options.quiet)
     return _guarded(lambda: top.run(options, screen), screen, options)
+
+
+def _speaker(options: argparse.Namespace, screen: Screen, demo: Demo, fetcher: "Fetcher") -> "LLM | Remote":
+    """Who answers: a model in this process, or one in a server, for which torch is not needed."""
+    if options.connect is None:
+        return _open(options, screen, demo, fetcher=fetcher)
+    return Remote(Client(options.connect, os.environ.get(KEY)), options.model, fetcher, screen.note)
 
 
 def _open(
