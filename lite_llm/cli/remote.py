@@ -72,9 +72,7 @@ class Remote:
 
     @property
     def plan(self) -> NoReturn:
-        raise UsageError(
-            "the model runs in a server: its memory plan and its limits are known only there"
-        )
+        raise UsageError("the model runs in a server: its memory plan and its limits are known only there")
 
     # ---- answers: see LLM
 

@@ -1,13 +1,15 @@
 """A server that answers chats with what a test has written down, byte for byte."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MODELS = {"data": [{"id": "one"}, {"id": "two", "max_model_len": 512}]}
 OK = {"content-type": "text/event-stream"}
+GONE = object()
+"""A piece of an answer: nothing more until the client has closed the connection."""
 
 
 def chunk(text: str | None = None, reason: str | None = None, **more) -> bytes:
@@ -24,12 +26,12 @@ def failure(status: int, message: str, code: str | None = None, **headers: str) 
 
 
 class Scripted:
-    """`script` is what comes next, first in first out: (status, headers, pieces). A piece that is an Event is waited
-    for. `models` stands in front of it for /v1/models; `asked` is what was sent."""
+    """`script` is what comes next, first in first out: (status, headers, pieces). `models` comes before what is usual
+    for /v1/models; `asked` is what was sent."""
 
     def __init__(self):
         self.script, self.models, self.asked, self.headers = [], [], [], []
-        self.left = threading.Event()  # a client has closed the connection while it was being answered
+        self.left = threading.Event()  # a client has closed the connection
 
     def handle(self, handler: BaseHTTPRequestHandler, turn: tuple[int, dict, list]) -> None:
         status, headers, pieces = turn
@@ -37,18 +39,18 @@ class Scripted:
         for name, value in headers.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
-        try:
+        with contextlib.suppress(OSError):
             for piece in pieces:
-                if isinstance(piece, threading.Event):
-                    piece.wait(20)
+                if piece is GONE:
+                    handler.connection.settimeout(10)
+                    if not handler.connection.recv(1):
+                        self.left.set()
                 else:
                     handler.wfile.write(piece)
                     handler.wfile.flush()
-        except OSError:
-            self.left.set()
 
 
-@contextmanager
+@contextlib.contextmanager
 def scripted() -> Iterator[tuple[Scripted, str]]:
     """The server and its address."""
     state = Scripted()
