@@ -70,8 +70,7 @@ def llava_parser(prog: str) -> Parser:
 def _chat_parser(prog: str, description: str, examples: str) -> Parser:
     parser = Parser(prog=prog, description=description, epilog=examples + _EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"lite_llm {lite_llm.__version__}")
-    add_model(parser)
-    parser.add_argument(
+    add_model(parser).add_argument(
         "--connect", metavar="URL", type=_filled,
         help="ask the server there, ours or any that speaks OpenAI's API, instead of a model in this process; "
         "--model names one of its models, LITE_LLM_API_KEY holds its key",
@@ -124,7 +123,7 @@ def warmup_parser(prog: str) -> Parser:
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", type=_filled, help="a directory or a hub id; default: the bundled demo")
     group.add_argument("path", nargs="?", metavar="MODEL", type=_filled, help="the same, without the flag")
@@ -134,6 +133,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-prefix-cache", action="store_true", help="compute every turn from its first token")
     group.add_argument("--no-cuda-graphs", action="store_true", help="launch kernels one by one: slower, starts sooner")
     group.add_argument("--ignore-config", metavar="KEYS", type=_keys, default=(), help="config.json keys, a,b,c")
+    return group
 
 
 def add_output(group: argparse._ActionsContainer) -> None:
