@@ -67,11 +67,6 @@ def chat(options: argparse.Namespace, demo: Demo = TEXT) -> int:
         history = transcript.load(Path(options.resume)) if options.resume else []
         from lite_llm.text.fetch import Fetcher
 
-        if bundled and not demo.folder.is_dir():
-            raise UsageError(
-                f"{demo.name} is not trained yet",
-                f"tools/train_demo.py --{demo.folder.name} makes it, in minutes on a GPU; or name a model with --model",
-            )
         sources, fetcher = options.image, Fetcher()
         if bundled and demo.picture and not sources and not history:
             sources = [str(demo.folder / demo.picture)]
