@@ -15,6 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from lite_llm.server.refusals import loading
 
+_TICK = 0.02  # seconds
+_GOODBYE = 1.0  # seconds for connections that were accepted to bring their requests
 _UPLOAD = 5.0  # seconds for a client to send what nobody will read: closed earlier, it might not see the answer
 
 
@@ -31,16 +33,35 @@ class Loading:
             self._answer, interface="asgi3", lifespan="off", ws="none", log_config=None, access_log=False,
             server_header=False, timeout_graceful_shutdown=1,
         )  # fmt: skip
-        self._http = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._http.run, args=([listener.dup()],), name="lite_llm-loading")
+        self._http, self._listener = uvicorn.Server(config), listener.dup()
+        self._loaded = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lite_llm-loading")
 
     def __enter__(self) -> "Loading":
         self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._http.should_exit = True
+        self._loaded.set()
         self._thread.join()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=self._http.config.get_loop_factory()) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        serving = asyncio.ensure_future(self._http.serve(sockets=[self._listener]))
+        while not (self._loaded.is_set() and self._http.started) and not serving.done():
+            await asyncio.sleep(_TICK)
+        # uvicorn alone would drop who has connected and not sent yet. Who comes from here on waits in the listener.
+        for server in () if serving.done() else self._http.servers:
+            server.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GOODBYE):
+                while self._http.server_state.connections:
+                    await asyncio.sleep(_TICK)
+        self._http.should_exit = True
+        await serving
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(TimeoutError):

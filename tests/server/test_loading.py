@@ -4,6 +4,7 @@ import http.client
 import io
 import signal
 import socket
+import threading
 import time
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ import pytest
 from lite_llm.cli import serve
 from lite_llm.cli.screen import Screen
 from lite_llm.errors import BadCheckpoint
+from lite_llm.server.loading import Loading
 from lite_llm.server.options import ServeOptions, listen
 from tests.server.conftest import CHAT
 from tests.server.test_process import Process
@@ -52,6 +54,24 @@ def test_clients_hear_how_far_it_is_and_a_failure_is_raised():
     assert errors["large"]["message"] == "the model is being loaded: compiling, 3 of 9"
     with listen(ServeOptions(port=int(said.getvalue().split()[1]))):  # nobody holds the port any more
         pass
+
+
+def test_who_has_connected_and_not_sent_yet_is_answered():
+    with listen(ServeOptions(port=0)) as listener:
+        address = listener.getsockname()
+        with Loading(listener):
+            first_answer(f"http://127.0.0.1:{address[1]}")
+            slow = socket.create_connection(address)
+            time.sleep(0.1)  # it is accepted
+            timer = threading.Timer(0.3, slow.sendall, [b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"])
+            timer.start()
+        with slow:
+            slow.settimeout(5)
+            assert slow.recv(1 << 16).startswith(b"HTTP/1.1 503")
+        late = socket.create_connection(address)  # nobody serves, but it is held
+        late.settimeout(0.2)
+        with late, pytest.raises(TimeoutError):
+            late.recv(1)
 
 
 @pytest.fixture
