@@ -40,7 +40,7 @@ class Choice:
 @dataclass(frozen=True)
 class Usage:
     prompt_tokens: int
-    cached_tokens: int  # of these, how many needed no computing
+    cached_tokens: int | None  # of these, how many needed no computing; None: a server did not say
     completion_tokens: int  # of all choices
 
 
@@ -51,7 +51,7 @@ class Timings:
     first_token: float
     total: float
     tokens_per_second: float  # of the first choice, after its first token; 0 for an answer of one token
-    queued: float  # until the first step that worked on it, or until it ended without one
+    queued: float | None  # until the first step that worked on it, or its end without one; None: a server did not say
 
 
 @dataclass(frozen=True)

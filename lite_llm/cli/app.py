@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lite_llm.cli import oneshot, pictures, report, transcript, warmup
+from lite_llm.cli.client import Client
+from lite_llm.cli.remote import Remote
 from lite_llm.cli.screen import LoadingBar, Screen
+from lite_llm.cli.serve import KEY
 from lite_llm.cli.session import Session
 from lite_llm.errors import EnvironmentProblem, LiteLLMError, SourceProblem, UsageError
 
 if TYPE_CHECKING:
     from lite_llm.llm import LLM
     from lite_llm.text.decoders import Decoders
+    from lite_llm.text.fetch import Fetcher
+    from lite_llm.text.images import Picture
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
 _HINTS = "/help lists the commands   Ctrl-C stops an answer   Ctrl-D leaves"
@@ -51,7 +56,8 @@ PICTURES = Demo("demo/vision", "What is in the picture?", "picture-1.png")
 
 
 def chat(options: argparse.Namespace, demo: Demo = TEXT) -> int:
-    """Opens `demo` if `options` name no model; its picture too, if they bring neither pictures nor a conversation."""
+    """Opens `demo` if `options` name no model and no server; its picture too, if they bring neither pictures nor a
+    conversation."""
     screen = Screen.of_process(raw=options.raw, quiet=options.quiet)
 
     def work() -> int:
@@ -72,14 +78,14 @@ def _talk(options: argparse.Namespace, screen: Screen, demo: Demo, text: str | N
     from lite_llm.text.fetch import Fetcher
     from lite_llm.text.images import open_picture  # Pillow
 
-    fetcher = Fetcher()
+    bundled, fetcher = options.model is None and options.connect is None, Fetcher()
     open_one = partial(open_picture, fetcher=fetcher, decode=decoders.decode)
     history = transcript.load(Path(options.resume), open_one) if options.resume else []
     sources = options.image
-    if options.model is None and demo.picture and not sources and not history:
+    if bundled and demo.picture and not sources and not history:
         sources = [str(demo.folder / demo.picture)]
     seen = pictures.open_all(sources, open_one, screen) if sources else []
-    with _open(options, screen, demo, fetcher=fetcher, decode=decoders.decode) as llm:
+    with _speaker(options, screen, demo, fetcher, decoders, open_one) as llm:
         session = Session(llm, options.params)
         if options.resume:
             session.resume(Path(options.resume), history)
@@ -95,7 +101,7 @@ def _talk(options: argparse.Namespace, screen: Screen, demo: Demo, text: str | N
         from lite_llm.cli.chat import Chat
         from lite_llm.cli.line import LineInput, plain_line
 
-        if options.model is None:
+        if bundled:
             screen.note(str(demo))
         screen.note(_HINTS)
         ask = plain_line if os.environ.get("TERM") == "dumb" else LineInput()
@@ -144,9 +150,21 @@ def watch(options: argparse.Namespace) -> int:
     return _guarded(lambda: top.run(options, screen), screen, options)
 
 
-def _open(options: argparse.Namespace, screen: Screen, demo: Demo = TEXT, **more) -> "LLM":
+def _speaker(
+    options: argparse.Namespace, screen: Screen, demo: Demo, fetcher: "Fetcher", decoders: "Decoders",
+    open_one: Callable[[str], "Picture"],
+) -> "LLM | Remote":  # fmt: skip
+    """Who answers: a model in this process, or one in a server, for which torch is not needed."""
+    if options.connect is None:
+        return _open(options, screen, demo, fetcher=fetcher, decode=decoders.decode)
+    return Remote(Client(options.connect, os.environ.get(KEY)), options.model, open_one, screen.note)
+
+
+def _open(
+    options: argparse.Namespace, screen: Screen, demo: Demo = TEXT, bar: LoadingBar | None = None, **more
+) -> "LLM":
     _prepare(options, screen)
-    bar = LoadingBar(screen)
+    bar = bar or LoadingBar(screen)
     before, pressed, importing = signal.getsignal(signal.SIGINT), [], True
 
     def interrupt(*arguments) -> None:

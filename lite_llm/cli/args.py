@@ -27,6 +27,7 @@ _EXAMPLES = """\
 examples:
   python cli.py                                     chat with the bundled demo model
   python cli.py -m Qwen/Qwen2.5-0.5B-Instruct       a model of the hub, or a directory
+  python cli.py --connect http://127.0.0.1:8000     a model that `lite-llm serve` holds
   git diff | python cli.py -p "Write a commit message" > msg.txt
 """
 _LLAVA_EXAMPLES = """\
@@ -69,7 +70,11 @@ def llava_parser(prog: str) -> Parser:
 def _chat_parser(prog: str, description: str, examples: str) -> Parser:
     parser = Parser(prog=prog, description=description, epilog=examples + _EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"lite_llm {lite_llm.__version__}")
-    add_model(parser)
+    add_model(parser).add_argument(
+        "--connect", metavar="URL", type=_filled,
+        help="ask the server there, ours or any that speaks OpenAI's API, instead of a model in this process; "
+        "--model names one of its models, LITE_LLM_API_KEY holds its key",
+    )  # fmt: skip
 
     one_shot = parser.add_argument_group("one answer instead of a chat")
     one_shot.add_argument("-p", "--prompt", metavar="TEXT", help="ask this and leave; - reads standard input")
@@ -118,7 +123,7 @@ def warmup_parser(prog: str) -> Parser:
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", type=_filled, help="a directory or a hub id; default: the bundled demo")
     group.add_argument("path", nargs="?", metavar="MODEL", type=_filled, help="the same, without the flag")
@@ -128,6 +133,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-prefix-cache", action="store_true", help="compute every turn from its first token")
     group.add_argument("--no-cuda-graphs", action="store_true", help="launch kernels one by one: slower, starts sooner")
     group.add_argument("--ignore-config", metavar="KEYS", type=_keys, default=(), help="config.json keys, a,b,c")
+    return group
 
 
 def add_output(group: argparse._ActionsContainer) -> None:
@@ -152,6 +158,10 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         ignore_config=options.ignore_config,
         max_requests=4,  # one answer at a time: no memory for the tables of 64
     )
+    if "connect" in options and options.connect is not None:
+        for name in ("device", "dtype", "context", "no_prefix_cache", "no_cuda_graphs", "ignore_config"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is for a model in this process; leave it out with --connect")
     try:
         EngineConfig(**options.engine)
         if "prompt" in options:

@@ -68,7 +68,7 @@ class Chat:
     def _answer(self, question: str, replace: bool = False) -> None:
         session, screen = self._session, self._screen
         same = replace and question == session.last_question()
-        if same and session.params.resolved(session.llm.generation_config).greedy:
+        if same and report.greedy(session.params, session.llm.generation_config):
             screen.note("temperature is 0: the same settings give the same answer; /set temperature 0.7 varies it")
         output = answer(session, screen, question, replace)
         if output.finish_reason == "error":

@@ -125,10 +125,12 @@ def _value(name: str, text: str) -> object:
 
 
 def _settings(session: Session) -> str:
-    used = session.params.resolved(session.llm.generation_config)
+    used = report.in_force(session.params, session.llm.generation_config)
     values = {name: getattr(used, name) for name in _SETTINGS}
+    values = {name: "as the server has it" if value is None else value for name, value in values.items()}
     values["seed"] = "a fresh one for each answer" if session.params.seed is None else session.params.seed
-    values["max_tokens"] = "the rest of the context" if used.max_tokens is None else used.max_tokens
+    if used.max_tokens is None and session.llm.generation_config is not None:
+        values["max_tokens"] = "the rest of the context"
     values["stop"] = " ".join(map(repr, used.stop)) or "none"
     mine = {name for name in _SETTINGS if getattr(session.params, name) != getattr(SamplingParams(), name)}
     return "\n".join(f"{name:<20}{value}{'  (set by you)' if name in mine else ''}" for name, value in values.items())
@@ -144,7 +146,7 @@ def _show(session: Session, argument: str) -> str:
     turns = sum(message["role"] == "assistant" for message in session.messages)
     parts = {
         "model": f"model: {session.llm.name}",
-        "plan": f"plan: {session.llm.plan}",
+        "plan": _plan(session),
         "params": report.sampling(session.params, session.llm.generation_config),
         "system": _system(session, ""),
         "history": f"history: {turns} answers, {report.meter(session.used, session.context)} of the context",
@@ -154,6 +156,13 @@ def _show(session: Session, argument: str) -> str:
     if argument == "history":
         return "\n".join(_said(session, message) for message in session.messages) or "nothing was said yet"
     return parts[argument] if argument else "\n".join(parts.values())
+
+
+def _plan(session: Session) -> str:
+    try:
+        return f"plan: {session.llm.plan}"
+    except UsageError as error:  # the model is in a server
+        return f"plan: {error.message}"
 
 
 def _said(session: Session, message: Message) -> str:
@@ -235,9 +244,10 @@ def _stats(session: Session, argument: str) -> str:
     total, last = session.totals, session.last
     if last is None:
         return "no answers yet"
+    seed = "" if last.params.seed is None else f", seed {last.params.seed}"
     return "\n".join(
         [
-            f"last answer: {report.statistics(last, session.used, session.context)}, seed {last.params.seed}",
+            f"last answer: {report.statistics(last, session.used, session.context)}{seed}",
             f"all {total.answers}: {total.prompt_tokens} prompt tokens, {total.cached_tokens} of them cached, "
             f"{total.answer_tokens} answer tokens in {total.seconds:.1f} s",
         ]
@@ -247,9 +257,10 @@ def _stats(session: Session, argument: str) -> str:
 def _why(session: Session, argument: str) -> str:
     if session.last is None:
         return "no answers yet"
+    cfg, plan = session.llm.cfg, session.llm.plan  # UsageError for a model in a server
     from lite_llm.cli.why import why  # torch; it is here by now, but not when the table of commands is read
 
-    return why(session.llm.cfg, session.llm.plan, session.last)
+    return why(cfg, plan, session.last)
 
 
 def _top(session: Session, argument: str) -> str:

@@ -137,8 +137,11 @@ class _Frame:
             yield Segment.line()
 
 
-def top(now: InFlight, last: Output | None, context: int, width: int) -> str:
-    """/top: a moment as text. The last answer of a chat is forgotten by then; it stands in front of what there is."""
+def top(now: InFlight, last: Output | None, context: int | None, width: int) -> str:
+    """/top: a moment as text. The last answer of a chat is forgotten by then; it stands in front of what there is.
+
+    `context`: None if a server does not say.
+    """
     if last is not None:
         now = dataclasses.replace(now, requests=(_ended(last, context), *now.requests))
     lines = frame(now, width, _TOP)
@@ -285,12 +288,12 @@ def _note(p: Progress) -> str:
     return ", ".join(filter(None, [p.finish_reason, f"preempted {p.preemptions}x" * (p.preemptions > 0)]))
 
 
-def _ended(output: Output, context: int) -> Progress:
+def _ended(output: Output, context: int | None) -> Progress:
     """An answer whose request is forgotten."""
-    usage, params = output.usage, output.params
+    usage, said = output.usage, output.usage.completion_tokens
+    wanted = output.params.max_tokens or (context or usage.prompt_tokens + said) - usage.prompt_tokens
     return Progress(
-        output.id, 0, "done", usage.prompt_tokens, usage.prompt_tokens, usage.cached_tokens, len(output.token_ids),
-        params.max_tokens or context - usage.prompt_tokens, 0, 0,
+        output.id, 0, "done", usage.prompt_tokens, usage.prompt_tokens, usage.cached_tokens or 0, said, wanted, 0, 0,
         output.timings.first_token, output.timings.total, output.finish_reason,
     )  # fmt: skip
 

@@ -14,17 +14,17 @@ _SHOWN = ("temperature", *_NEUTRAL)
 _MINE = ("presence_penalty", "frequency_penalty", "max_tokens", "min_tokens", "seed", "stop")
 
 
-def statistics(output: "Output", used: int, context: int) -> str:
+def statistics(output: "Output", used: int, context: int | None) -> str:
     """The line after an answer."""
     usage, timings = output.usage, output.timings
+    cached = "" if usage.cached_tokens is None else f" ({usage.cached_tokens} cached)"
+    prompt = f"{usage.prompt_tokens} prompt tokens{cached}" if usage.prompt_tokens else "prompt not counted"
     speed = f", {timings.tokens_per_second:.1f} tok/s" if timings.tokens_per_second else ""
-    return (
-        f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.completion_tokens} answer{speed}, "
-        f"first token {_seconds(timings.first_token)}, {meter(used, context)}"
-    )
+    first = _seconds(timings.first_token)
+    return f"{prompt}, {usage.completion_tokens} answer{speed}, first token {first}, {meter(used, context)}"
 
 
-def ending(output: "Output", context: int) -> str | None:
+def ending(output: "Output", context: int | None) -> str | None:
     """Why an answer ended, if that needs saying."""
     reason, usage = output.finish_reason, output.usage
     if reason == "abort":
@@ -33,27 +33,43 @@ def ending(output: "Output", context: int) -> str | None:
         return None
     if usage.completion_tokens == output.params.max_tokens:
         return f"cut at max_tokens = {usage.completion_tokens}; /set max_tokens N allows more"
+    if context is None or usage.prompt_tokens + usage.completion_tokens < context:
+        return f"cut by the server after {usage.completion_tokens} tokens; /set max_tokens N may allow more"
     return (
         f"cut: the context is full ({usage.prompt_tokens} prompt + {usage.completion_tokens} answer = {context} "
         "tokens); /undo takes the last turn back, /clear starts anew"
     )
 
 
-def fullness(used: int, context: int) -> str | None:
+def fullness(used: int, context: int | None) -> str | None:
     """The warning that the context is almost full."""
-    if used < ALMOST_FULL * context or used >= context:
+    if context is None or used < ALMOST_FULL * context or used >= context:
         return None
     return f"{used} of {context} context tokens are used ({used / context:.0%}); /undo and /clear make room"
 
 
-def meter(used: int, context: int) -> str:
-    return f"{_kilo(used)}/{_kilo(context)}"
+def meter(used: int, context: int | None) -> str:
+    return _kilo(used) if context is None else f"{_kilo(used)}/{_kilo(context)}"
 
 
-def sampling(params: SamplingParams, generation_config: Mapping[str, object]) -> str:
+def in_force(params: SamplingParams, generation_config: Mapping[str, object] | None) -> SamplingParams:
+    """With the model's defaults; as they are, if only a server knows those."""
+    return params if generation_config is None else params.resolved(generation_config)
+
+
+def greedy(params: SamplingParams, generation_config: Mapping[str, object] | None) -> bool:
+    """Whether it is known that the same settings give the same answer."""
+    used = in_force(params, generation_config)
+    return used.temperature is not None and used.greedy
+
+
+def sampling(params: SamplingParams, generation_config: Mapping[str, object] | None) -> str:
     """The sampling in force, and where it is from."""
-    used = params.resolved(generation_config)
     mine = [name for name in (*_SHOWN, *_MINE) if getattr(params, name) != getattr(SamplingParams(), name)]
+    if generation_config is None:
+        words = [*(f"{name} {getattr(params, name)}" for name in mine), "else " * bool(mine) + "as the server has it"]
+        return f"sampling: {', '.join(words)}"
+    used = params.resolved(generation_config)
     if used.greedy:
         words = ["greedy (temperature 0)"]
         words += [

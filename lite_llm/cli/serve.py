@@ -1,18 +1,20 @@
 """`lite-llm serve`: the OpenAI-compatible server in this process."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from lite_llm.cli import args
-from lite_llm.cli.screen import Screen
+from lite_llm.cli.screen import LoadingBar, Screen
 from lite_llm.config import EngineConfig
 from lite_llm.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
     from lite_llm.llm import LLM
+    from lite_llm.server.loading import Loading
 
 KEY = "LITE_LLM_API_KEY"
 _WISHES = ("host", "port", "api_key", "name", "max_queue", "max_body", "timeout", "drain")
@@ -71,7 +73,8 @@ def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
 def run(options: argparse.Namespace, screen: Screen, load: Callable[..., AbstractContextManager["LLM"]]) -> int:
     """`load` opens the model, once the address is taken."""
     try:
-        from lite_llm.server.run import ServeOptions, fetcher_from, listen, serve
+        from lite_llm.server.loading import Loading
+        from lite_llm.server.options import ServeOptions, fetcher_from, listen
         from lite_llm.text.decoders import Decoders
     except ImportError as error:
         if (error.name or "").startswith("lite_llm"):
@@ -79,8 +82,31 @@ def run(options: argparse.Namespace, screen: Screen, load: Callable[..., Abstrac
         raise EnvironmentProblem(f"{error}", "pip install -r requirements-serve.txt") from None
     given = {name: getattr(options, name) for name in _WISHES if getattr(options, name) is not None}
     wishes, fetcher = ServeOptions(**given), fetcher_from(options.fetch_from)
-    with listen(wishes) as listener, Decoders() as decoders, load(fetcher=fetcher, decode=decoders.decode) as llm:
+    with contextlib.ExitStack() as stack:
+        listener, decoders = stack.enter_context(listen(wishes)), stack.enter_context(Decoders())
+        with Loading(listener) as loading:
+            host, port = listener.getsockname()[:2]
+            screen.note(f"port {port} of {host} answers 503 until the model is loaded")
+            llm = stack.enter_context(load(fetcher=fetcher, decode=decoders.decode, bar=_Announced(screen, loading)))
+            from lite_llm.server.run import serve  # torch, which is here by now
+
         return serve(llm, listener, wishes, screen.note)
+
+
+class _Announced(LoadingBar):
+    """The server's clients are told too."""
+
+    def __init__(self, screen: Screen, loading: "Loading"):
+        super().__init__(screen)
+        self._loading = loading
+
+    def __call__(self, done: int, total: int) -> None:
+        self._loading.progress = f"{done / total if total else 1:.0%} of its weights are here"
+        super().__call__(done, total)
+
+    def stage(self, what: str, done: int, total: int) -> None:
+        self._loading.progress = f"{what}, {done} of {total}"
+        super().stage(what, done, total)
 
 
 def _number(text: str) -> float:

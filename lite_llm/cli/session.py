@@ -11,6 +11,7 @@ from lite_llm.engine.request import SamplingParams
 from lite_llm.errors import LiteLLMError
 
 if TYPE_CHECKING:
+    from lite_llm.cli.remote import Remote
     from lite_llm.llm import LLM
     from lite_llm.outputs import Output
     from lite_llm.text.images import Picture
@@ -32,7 +33,7 @@ class Totals:
 class Session:
     """Messages change only when an answer has begun or ended: a question that fails leaves all as it was."""
 
-    def __init__(self, llm: "LLM", params: SamplingParams):
+    def __init__(self, llm: "LLM | Remote", params: SamplingParams):
         self.llm, self.params = llm, params
         self.messages: list[Message] = []
         self.waiting: list[Picture] = []  # those that go with the next question
@@ -55,7 +56,8 @@ class Session:
         self._set([*([{"role": "system", "content": text}] if text is not None else []), *rest])
 
     @property
-    def context(self) -> int:
+    def context(self) -> int | None:
+        """Tokens; None: the model's server does not say."""
         return self.llm.cfg.max_len
 
     @property
@@ -139,7 +141,8 @@ class Session:
             return output
         self._set([*messages, {"role": "assistant", "content": output.text}])
         self.waiting = []
-        self._used = output.usage.prompt_tokens + output.usage.completion_tokens
+        counted = output.usage.prompt_tokens > 0  # a server need not
+        self._used = output.usage.prompt_tokens + output.usage.completion_tokens if counted else None
         self._add_up(output)
         return output
 
@@ -165,7 +168,7 @@ class Session:
         self.last = output
         self.totals.answers += 1
         self.totals.prompt_tokens += output.usage.prompt_tokens
-        self.totals.cached_tokens += output.usage.cached_tokens
+        self.totals.cached_tokens += output.usage.cached_tokens or 0
         self.totals.answer_tokens += output.usage.completion_tokens
         self.totals.seconds += output.timings.total
 
@@ -193,5 +196,5 @@ class Session:
             return 0
         try:
             return len(self.llm.encode(self.messages))
-        except LiteLLMError:  # a template may refuse a conversation without a question
+        except LiteLLMError:  # a template may refuse a conversation without a question, and a server to count
             return 0

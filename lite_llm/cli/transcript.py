@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,23 @@ def with_pictures(text: str, pictures: list["Picture"]) -> Message:
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
+def data_url(picture: "Picture") -> str:
+    """As PNG: the same pixels when it is read again."""
+    data = io.BytesIO()
+    picture.image.save(data, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
+
+
+def in_openai_form(message: Message, url: Callable[["Picture"], str] = data_url) -> dict[str, Any]:
+    if isinstance(message["content"], str):
+        return message
+    parts = [
+        {"type": "image_url", "image_url": {"url": url(part["image"])}} if "image" in part else part
+        for part in message["content"]
+    ]
+    return {"role": message["role"], "content": parts}
+
+
 def load(path: Path, open_url: "Open | None" = None) -> list[Message]:
     """The messages of a file, their pictures opened. UsageError names the line that is none.
 
@@ -67,7 +85,7 @@ def load(path: Path, open_url: "Open | None" = None) -> list[Message]:
 
 def save(path: Path, messages: list[Message]) -> None:
     """Write the messages: the whole file or, if that fails, what was there before. UsageError says why it failed."""
-    lines = "".join(json.dumps(_stored(message), ensure_ascii=False) + "\n" for message in messages)
+    lines = "".join(json.dumps(in_openai_form(message), ensure_ascii=False) + "\n" for message in messages)
     temporary = None
     try:
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o600  # conversations are private
@@ -117,18 +135,3 @@ def _part(part: object, where: str, open_url: "Open | None") -> dict[str, Any]:
         return {"type": "image", "image": (open_url or open_picture)(url)}
     except UsageError as error:
         raise UsageError(f"{where}: {error.message}", error.hint) from None
-
-
-def _stored(message: Message) -> dict[str, Any]:
-    """In OpenAI's form, pictures as PNG: the same pixels when they are read again."""
-    if isinstance(message["content"], str):
-        return message
-    parts: list[dict[str, Any]] = []
-    for part in message["content"]:
-        if "image" in part:
-            data = io.BytesIO()
-            part["image"].image.save(data, "PNG")
-            url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
-            part = {"type": "image_url", "image_url": {"url": url}}
-        parts.append(part)
-    return {"role": message["role"], "content": parts}

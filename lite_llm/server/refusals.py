@@ -72,3 +72,8 @@ def too_late(seconds: float) -> Refusal:
 
 def stopping() -> Refusal:
     return Refusal(503, "the server is shutting down", code="shutting_down")
+
+
+def loading(progress: str) -> Refusal:
+    """`progress`: how far it is, in words; "" if that is not known."""
+    return Refusal(503, "the model is being loaded" + (f": {progress}" if progress else ""), code="model_loading")

@@ -18,7 +18,8 @@ from lite_llm.llm import DEMO, LLM
 from lite_llm.server.app import Server, make_app
 from lite_llm.server.bridge import Bridge
 from lite_llm.server.metrics import Metrics
-from lite_llm.server.run import ServeOptions, listen, name_of
+from lite_llm.server.options import ServeOptions, listen
+from lite_llm.server.run import name_of
 
 COPY = DEMO.parent / "copy"
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]

@@ -19,7 +19,8 @@ import pytest
 from lite_llm.cli import main, serve, top_main
 from lite_llm.errors import EnvironmentProblem, UsageError
 from lite_llm.llm import DEMO
-from lite_llm.server.run import ServeOptions, fetcher_from, listen, name_of
+from lite_llm.server.options import ServeOptions, fetcher_from, listen
+from lite_llm.server.run import name_of
 from tests.server.conftest import CHAT, PARIS
 from tests.server.test_connections import LONG
 
