@@ -1,8 +1,11 @@
 """Figures for Prometheus. A request counts once, when it ends; a scrape asks for the engine's state."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from lite_llm.outputs import InFlight, Output
 
@@ -63,3 +66,24 @@ class Metrics:
             for use, slots in (("used", now.slots_used), ("cached", now.slots_cached), ("free", free)):
                 self._slots.labels(use).set(slots)
         return generate_latest(self.registry)
+
+
+def labelled(texts: Mapping[str, bytes]) -> bytes:
+    """The figures of several servers as one document: each sample gets a label `replica`, the key of its text."""
+    found: dict[str, Metric] = {}
+    for replica, text in texts.items():
+        for family in text_string_to_metric_families(text.decode()):
+            merged = found.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                merged.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+    registry = CollectorRegistry()
+    registry.register(_Found(list(found.values())))
+    return generate_latest(registry)
+
+
+class _Found(Collector):
+    def __init__(self, metrics: list[Metric]):
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        return self._metrics
