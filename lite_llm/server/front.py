@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -152,13 +153,13 @@ class Front:
         raise Refusal(503, "no replica answers", code="no_replica")
 
     async def _ready(self) -> Response:
-        try:
-            replicas = 0 if self.draining else len(await self._ask("/health/ready"))
-        except Refusal:
-            replicas = 0
-        return JSONResponse(
-            {"status": "ok" if replicas else "not ready", "replicas": replicas}, 200 if replicas else 503
-        )
+        """By what Ray's controller knows: a replica that hangs or has just died still counts until it was asked."""
+        replicas = 0
+        with contextlib.suppress(RayError, RayServeException, TimeoutError):
+            async with asyncio.timeout(_ANSWER):
+                replicas = await asyncio.to_thread(running_replicas)
+        ready = replicas > 0 and not self.draining
+        return JSONResponse({"status": "ok" if ready else "not ready", "replicas": replicas}, 200 if ready else 503)
 
     async def _in_flight(self) -> Response:
         """Those of all replicas; figures are sums."""
@@ -170,3 +171,9 @@ class Front:
 
     async def _metrics(self) -> Response:
         return Response(labelled(await self._ask("/metrics")), media_type=CONTENT_TYPE)
+
+
+def running_replicas() -> int:
+    """Blocks until Ray's controller has answered."""
+    found = serve.status().applications.values()
+    return sum(one.replica_states.get("RUNNING", 0) for app in found for one in app.deployments.values())

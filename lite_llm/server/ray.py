@@ -33,6 +33,7 @@ from lite_llm.server.routing import PrefixRouter
 from lite_llm.server.run import ServeOptions, answer, fetcher_from, freeze, name_of
 
 _HEALTH = 2.0  # seconds between two questions about a replica's health
+_STUCK = 10.0  # seconds for it to answer; after three times it is replaced
 _QUESTIONS = 64  # requests that a replica takes beyond its answers: they are short
 _OBJECTS = 100 << 20  # bytes of Ray's store, which holds large bodies and answers for a moment
 
@@ -106,7 +107,8 @@ def serve_replicas(
     deployment = serve.deployment(
         Replica, num_replicas=replicas, ray_actor_options={"num_cpus": 1, "num_gpus": int(gpus > 0)},
         max_ongoing_requests=most, request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
-        health_check_period_s=_HEALTH, graceful_shutdown_timeout_s=_HEALTH, max_constructor_retry_count=1,
+        health_check_period_s=_HEALTH, health_check_timeout_s=_STUCK, graceful_shutdown_timeout_s=_HEALTH,
+        max_constructor_retry_count=1,
     )  # fmt: skip
     with _cluster(replicas, replicas if gpus else 0):
         try:
@@ -114,7 +116,7 @@ def serve_replicas(
             handle = serve.run(app, name="lite_llm", route_prefix=None)
             _, _, models = handle.broadcast("ask", "/v1/models").results()[0]
         except RuntimeError as error:
-            raise EnvironmentProblem(*_why(error)) from None
+            raise EnvironmentProblem(f"the replicas did not start: {_why(error)}") from None
         front = Front(handle, options.max_body)
         app = guarded(front, options.api_key) if options.api_key else front
         name = json.loads(models)["data"][0]["id"]
@@ -126,21 +128,20 @@ def _cluster(replicas: int, gpus: int) -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray reports to its makers otherwise
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     ray.init(
-        address="local", num_cpus=replicas, num_gpus=gpus, include_dashboard=False, object_store_memory=_OBJECTS,
+        address="local", num_cpus=2 * replicas, num_gpus=gpus, include_dashboard=False, object_store_memory=_OBJECTS,
         log_to_driver=False, logging_level=logging.ERROR,
     )  # fmt: skip
     try:
         serve.start(proxy_location="Disabled", logging_config=LoggingConfig(log_level="ERROR", enable_access_log=False))
         yield
     finally:
-        serve.shutdown()
         ray.shutdown()
 
 
-def _why(error: RuntimeError) -> tuple[str, str]:
-    """Message and hint: the last line of what a replica has raised, if Serve knows it."""
+def _why(error: RuntimeError) -> str:
+    """What a replica has raised, if Serve knows it: the last line of a traceback, without the class."""
     for found in serve.status().applications.values():
         for deployment in found.deployments.values():
             if lines := deployment.message.strip().splitlines():
-                return f"the replicas did not start: {lines[-1]}", "try lite-llm serve without --replicas"
-    return f"the replicas did not start: {error}", "try lite-llm serve without --replicas"
+                return lines[-1].partition(": ")[2] or lines[-1]
+    return str(error)

@@ -21,7 +21,7 @@ _SLACK = 4  # requests that a replica may always have more than the least loaded
 
 
 @dataclass
-class _Known:
+class Known:
     """Of one replica."""
 
     prefixes: OrderedDict[bytes, None] = field(default_factory=OrderedDict)  # the last used at the end
@@ -33,7 +33,7 @@ class PrefixRouter(RequestRouter):
     """To the replica that has seen the longest part of a prompt, unless it is much busier than the least loaded."""
 
     def initialize_state(self) -> None:
-        self._known: dict[ReplicaID, _Known] = {}
+        self._known: dict[ReplicaID, Known] = {}
         self._count = 0
 
     async def choose_replicas(
@@ -67,14 +67,14 @@ class PrefixRouter(RequestRouter):
         known = self._of(replica_id)
         known.load = max(known.load - 1, 0)
 
-    def _of(self, replica_id: ReplicaID) -> _Known:
-        return self._known.setdefault(replica_id, _Known())
+    def _of(self, replica_id: ReplicaID) -> Known:
+        return self._known.setdefault(replica_id, Known())
 
 
-def choose(known: dict[Any, _Known], prefixes: Sequence[bytes]) -> Any:
+def choose(known: dict[Any, Known], prefixes: Sequence[bytes]) -> Any:
     """The key of the replica for a prompt: of those that know as much of it the least loaded, then the longest idle."""
 
-    def worth(of: _Known) -> tuple[int, int, int]:
+    def worth(of: Known) -> tuple[int, int, int]:
         shared = next((i for i, prefix in enumerate(prefixes) if prefix not in of.prefixes), len(prefixes))
         return shared, -of.load, -of.last
 
