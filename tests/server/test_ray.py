@@ -110,7 +110,7 @@ def text_of(stream: str) -> tuple[str, str]:
 
 
 def test_prompts_that_begin_alike_go_to_one_replica_and_others_are_spread(replicas):
-    talks = [[{"role": "system", "content": SYSTEM.format(i) * 3}] for i in range(4)]
+    talks = [[{"role": "system", "content": SYSTEM.format(i) * 3}] for i in range(5)]
     shares = []
     for turn in range(3):
         for talk in talks:
