@@ -13,7 +13,7 @@ torch.set_num_threads(1)  # tests run side by side, and tiny tensors lose far mo
 
 SKIPS = Path(__file__).parent / "skips.txt"
 """How many tests are skipped on a machine without a GPU; with one, none is."""
-WITH_RAY = 9
+WITH_RAY = 10
 """How many more are skipped where Ray is not installed."""
 
 

@@ -15,10 +15,15 @@ import pytest
 
 from lite_llm.cli import main, serve
 from lite_llm.errors import EnvironmentProblem
-from tests.server.conftest import CHAT, Running
+from lite_llm.server.run import ServeOptions
+from tests.server.conftest import CHAT, PARIS, Running
 from tests.server.test_process import Process
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.xdist_group("ray"),  # with --dist loadgroup one worker starts Ray, and not each of them
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
 CHATS = "/v1/chat/completions"
 SYSTEM = "You are number {}. Answer in one short sentence, and say nothing that you are not sure about. "
 ANSWERED = re.compile(r'lite_llm_requests_total\{replica="(\w+)",status="200"\} ([\d.]+)')
@@ -297,6 +302,34 @@ def test_a_request_that_kills_replicas_is_given_up():
     assert asked == 3 and sent == [start, part | {"more_body": False}]
     asked, sent = ask([start, part])
     assert asked == 1 and sent[:2] == [start, part] and b"has died" in sent[2]["body"] and not sent[2].get("more_body")
+
+
+def test_a_replica_whose_engine_is_lost_ends_its_process(monkeypatch):
+    from lite_llm.server import bridge, ray
+
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    body = json.dumps(dict(messages=CHAT, max_tokens=20)).encode()
+    scope = {"type": "http", "method": "POST", "path": CHATS, "query_string": b""}
+    scope["headers"] = [(b"content-type", b"application/json")]
+
+    async def use() -> None:
+        replica = ray.Replica.__new__(ray.Replica)
+        await replica.__init__(None, dict(device="cpu", kv_tokens=512, max_requests=2), (), ServeOptions(), 0)
+        taken, start, answer = [message async for message in replica.answer(scope, body, ())]
+        assert taken == {"type": "taken"} and start["status"] == 200 and PARIS.encode() in answer["body"]
+        await replica.check_health()
+        monkeypatch.setattr(bridge, "device_is_lost", lambda: True)
+        monkeypatch.setattr(replica._bridge._llm, "step", lambda: 1 / 0)
+        _, start, _ = [message async for message in replica.answer(scope, body, ())]
+        assert start["status"] == 500
+        with pytest.raises(RuntimeError, match="engine has stopped"):
+            await replica.check_health()
+        await replica._bridge.close()
+        replica._server.workers.shutdown()
+
+    asyncio.run(use())
+    assert ended == [1]
 
 
 def test_wrong_options_and_a_missing_model_are_said_in_one_line(capsys):
