@@ -19,11 +19,7 @@ from lite_llm.server.run import ServeOptions
 from tests.server.conftest import CHAT, PARIS, Running
 from tests.server.test_process import Process
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.xdist_group("ray"),  # with --dist loadgroup one worker starts Ray, and not each of them
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 CHATS = "/v1/chat/completions"
 SYSTEM = "You are number {}. Answer in one short sentence, and say nothing that you are not sure about. "
 ANSWERED = re.compile(r'lite_llm_requests_total\{replica="(\w+)",status="200"\} ([\d.]+)')
