@@ -24,7 +24,7 @@ from lite_llm.models import registry, shapes
 from lite_llm.outputs import Delta, InFlight, Output, Timings, Usage
 from lite_llm.prompts import Encoded, Message, Prompt, Reader, tower_of
 from lite_llm.text import Tokenizer
-from lite_llm.text.fetch import Fetcher
+from lite_llm.text.fetch import Fetcher, Gone
 from lite_llm.text.images import Picture
 from lite_llm.text.processor import Processor
 from lite_llm.weights.files import open_checkpoint
@@ -34,6 +34,7 @@ from lite_llm.weights.random import random_hf_tensors
 from lite_llm.weights.rules import load
 
 if TYPE_CHECKING:
+    from lite_llm.text.images import Decode
     from lite_llm.text.images import Source as PictureSource
 
 log = logging.getLogger("lite_llm")
@@ -58,6 +59,7 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         status: Say | None = None,
         fetcher: Fetcher | None = None,
+        decode: "Decode | None" = None,
         **options,
     ):
         """Plan, load and get ready.
@@ -67,8 +69,9 @@ class LLM:
         tokenizer. `options` are the fields of `EngineConfig`. `say` gets the memory plan and notices, one line each;
         `progress` gets (bytes loaded, bytes in all), and `status` what is done after loading, how many of it are done
         and how many there are: on a GPU kernels are compiled and CUDA graphs recorded, so that no answer waits for
-        either. `fetcher` downloads pictures named by URL; without one URLs are refused. Raises a LiteLLMError that says
-        what is wrong and what to do.
+        either. `fetcher` downloads pictures named by URL; without one URLs are refused. `decode`
+        decodes pictures: `Decoders.decode` does it in other processes, which hostile files may end; None: in this one.
+        Raises a LiteLLMError that says what is wrong and what to do.
         """
         config = _engine_config(options)
         if shape is not None:
@@ -104,7 +107,7 @@ class LLM:
         for key in ("eos_token_id", "text_config.eos_token_id"):
             self.eos_ids |= set(_ids(hf.get(object, key, None)))
         processor = Processor.load(here, tower_of(self.cfg.vision)) if self.cfg.vision is not None else None
-        self._reader = Reader(self.name, self.cfg, self.tokenizer, processor, fetcher)
+        self._reader = Reader(self.name, self.cfg, self.tokenizer, processor, fetcher, decode)
         checkpoint = open_checkpoint(source.directory())
         rules = registry.find(self.cfg.architecture)[0].RULES
         self._ready(lambda net: load_weights(net, checkpoint, rules, progress), status)
@@ -295,13 +298,13 @@ class LLM:
         """The token ids of a prompt: text with BOS, a conversation through the chat template, ids as they are."""
         return self._reader.ids(prompt)
 
-    def read(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = ()) -> Encoded:
+    def read(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = (), gone: Gone | None = None) -> Encoded:
         """A prompt with all work done that needs no engine, its pictures opened and cut to size; from any thread.
 
         `tools`: what the model is told it may call, in OpenAI's form; for conversations. UsageError if the chat
-        template takes none.
+        template takes none. Once `gone` says that nobody waits any more, no download goes on.
         """
-        return self._reader.read(prompt, tools)
+        return self._reader.read(prompt, tools, gone)
 
     def open(self, source: "PictureSource | Picture") -> Picture:
         """A picture for a message: a path, bytes, a data URL, a PIL image, and where `fetcher` was given, a URL.

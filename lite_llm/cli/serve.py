@@ -76,6 +76,7 @@ def run(options: argparse.Namespace, screen: Screen, load: Callable[..., Abstrac
     """`load` opens the model, once the address is taken."""
     try:
         from lite_llm.server.run import ServeOptions, fetcher_from, listen, serve
+        from lite_llm.text.decoders import Decoders
     except ImportError as error:
         if (error.name or "").startswith("lite_llm"):
             raise
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace, screen: Screen, load: Callable[..., Abstrac
     wishes, fetcher = ServeOptions(**given), fetcher_from(options.fetch_from)
     if options.replicas > 1:
         return _run_replicas(options, wishes, screen)
-    with listen(wishes) as listener, load(fetcher=fetcher) as llm:
+    with listen(wishes) as listener, Decoders() as decoders, load(fetcher=fetcher, decode=decoders.decode) as llm:
         return serve(llm, listener, wishes, screen.note)
 
 

@@ -27,6 +27,7 @@ from lite_llm.server.metrics import CONTENT_TYPE, Metrics
 from lite_llm.server.refusals import Refusal, refusal_of
 from lite_llm.server.reply import ClientGone, Reply, Task, off_loop, read_body
 from lite_llm.server.tools import Toolbox, ignored_of, name_results
+from lite_llm.text.fetch import Gone
 from lite_llm.text.images import take_pictures
 
 _OPEN = frozenset({"/", "/health", "/health/ready"})  # paths that need no key
@@ -48,18 +49,19 @@ class Server:
         self._vocabulary = Vocabulary(llm.tokenizer)
         self._toolbox = Toolbox(llm.tokenizer)
 
-    def read_chat(self, body: bytes) -> Task:
+    def read_chat(self, body: bytes, gone: Gone) -> Task:
+        """`gone`: whether the client has left."""
         request = schema.read(schema.ChatRequest, body)
         ignored = schema.receipt(request)
         self._check_model(request.model)
         params, stream = schema.chat_sampling(request), schema.streaming(request)
         offered = self._toolbox.offered(request.tools, request.tool_choice)
         ignored += ignored_of(request.tools)
-        prompt = self._conversation(request.messages, offered)
+        prompt = self._conversation(request.messages, offered, gone)
         form = ChatForm(self._vocabulary, self._toolbox.reader(offered, only_one=request.parallel_tool_calls is False))
         return Task([prompt], params, stream, form, self.name, ignored, request.cache_salt or "")
 
-    def read_completion(self, body: bytes) -> Task:
+    def read_completion(self, body: bytes, gone: Gone) -> Task:
         request = schema.read(schema.CompletionRequest, body)
         ignored = schema.receipt(request)
         self._check_model(request.model)
@@ -72,7 +74,7 @@ class Server:
         given = schema.prompts_of(request.prompt)
         if len(given) * params.n > self.bridge.seats:  # said before work is put into each
             raise Refusal(400, f"{len(given)} prompts; at most {self.bridge.seats} answers are taken", "prompt")
-        prompts = [self._prompt(one) for one in given]
+        prompts = [self._prompt(one, gone=gone) for one in given]
         echo = [""] * len(given)
         if request.echo:
             echo = [one if isinstance(one, str) else self._decode("prompt", one) for one in given]
@@ -95,14 +97,14 @@ class Server:
         self._check_model(request.model)
         return {"prompt": self._decode("tokens", request.tokens)}
 
-    def _conversation(self, messages: Any, tools: list[dict[str, Any]]) -> Encoded:
+    def _conversation(self, messages: Any, tools: list[dict[str, Any]], gone: Gone | None = None) -> Encoded:
         if not isinstance(messages, list) or not messages:
             raise Refusal(400, f"messages = {shown(messages)}; expected a list of messages", "messages")
         if strange := [i for i, message in enumerate(messages) if not isinstance(message, dict)]:
             where = f"messages[{strange[0]}]"
             raise Refusal(400, f"{where} = {shown(messages[strange[0]])}; expected an object", where)
         take_pictures(messages, local=False)  # no client names files of this machine
-        return self._prompt(name_results(messages) if tools else messages, tools)
+        return self._prompt(name_results(messages) if tools else messages, tools, gone)
 
     def _decode(self, name: str, tokens: list[int]) -> str:
         for token in tokens:

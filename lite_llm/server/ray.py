@@ -31,6 +31,7 @@ from lite_llm.server.bridge import Bridge
 from lite_llm.server.front import Front
 from lite_llm.server.routing import PrefixRouter
 from lite_llm.server.run import ServeOptions, answer, fetcher_from, freeze, name_of
+from lite_llm.text.decoders import Decoders
 
 _HEALTH = 2.0  # seconds between two questions about a replica's health
 _STUCK = 10.0  # seconds for it to answer; after three times it is replaced
@@ -45,7 +46,8 @@ class Replica:
     async def __init__(
         self, model: str | None, engine: dict, fetch_from: Sequence[str], options: ServeOptions, started: int
     ):
-        llm = LLM(model, fetcher=fetcher_from(fetch_from), **engine)
+        decoders = Decoders()  # its processes end with this one
+        llm = LLM(model, fetcher=fetcher_from(fetch_from), decode=decoders.decode, **engine)
         self._bridge = Bridge(llm, options.max_queue)
         self._server = Server(llm, self._bridge, options.name or name_of(llm.name), started, options.max_body)
         self._app = make_app(self._server, None)  # the front has seen the key

@@ -5,6 +5,7 @@ import logging
 import re
 
 from lite_llm.errors import ContextExceeded, LiteLLMError, SourceProblem, UsageError
+from lite_llm.text.decoders import DecoderEnded
 from lite_llm.text.escape import visible
 
 log = logging.getLogger("lite_llm")
@@ -43,6 +44,8 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, ContextExceeded):
         return Refusal(400, str(error), code=error.code)
     if isinstance(error, UsageError):
+        if isinstance(error, DecoderEnded):  # somebody tries, or a decoder has a bug
+            log.warning("%s", visible(str(error)))
         name = _PARAM.match(error.message)
         rest = error.message[name.end() :] if name else ""
         param = name[0] if name and rest.startswith((" = ", " is ", " has token id", " holds ")) else None

@@ -207,7 +207,7 @@ def test_cost_stays_flat_over_a_long_run():
                 pool.free(owned.pop(draw.randrange(len(owned))))
         marks.append(time.process_time() - start)
         assert len(pool._largest) <= 65 + 4 * len(pool._end) + 64
-    assert min(marks[-4:]) < 1.5 * max(min(marks[2:6]), 1e-3), marks
+    assert min(marks[-4:]) < 3 * max(min(marks[2:6]), 1e-3), marks  # growth with every call would make it 4.5
 
 
 def test_a_slot_given_back_is_the_one_that_comes_next():
