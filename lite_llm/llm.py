@@ -18,7 +18,7 @@ from lite_llm.engine.engine import Engine
 from lite_llm.engine.memory import MemoryPlan
 from lite_llm.engine.request import Request, SamplingParams
 from lite_llm.engine.warm import Say, Warmth, warm_up
-from lite_llm.errors import BadCheckpoint, UsageError
+from lite_llm.errors import BadCheckpoint, UsageError, shown
 from lite_llm.jsonfile import read_object
 from lite_llm.models import registry, shapes
 from lite_llm.outputs import Delta, InFlight, Output, Timings, Usage
@@ -214,13 +214,17 @@ class LLM:
     # ---- the step API
 
     def add_request(
-        self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None, salt: str = ""
-    ) -> str:
+        self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None, salt: str = "",
+        deadline: float | None = None,
+    ) -> str:  # fmt: skip
         """Queue a prompt; returns its id. UsageError for a bad prompt, ContextExceeded for one that is too long.
 
         Prefixes are shared only with requests of the same `salt`: users who get one each cannot tell by the time that
-        an answer takes what others have asked.
+        an answer takes what others have asked. Answers that are not complete at the `deadline`, a moment of
+        `time.monotonic`, end within one step with the reason "timeout"; what they have said stays.
         """
+        if deadline is not None and not (type(deadline) in (int, float) and deadline >= 0):
+            raise UsageError(f"deadline = {shown(deadline)}; expected a moment, such as time.monotonic() + 5")
         if not isinstance(salt, str):
             raise UsageError(f"salt is a {type(salt).__name__}; expected text")
         asked, params = self.read(prompt), (params or SamplingParams()).resolved(self.generation_config)
@@ -235,7 +239,7 @@ class LLM:
                 own = dataclasses.replace(params, n=1, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
                 if index:
                     own = dataclasses.replace(own, prompt_logprobs=None)  # the first one tells them
-                request = Request(list(asked.ids), own, stops, limit, asked.pictures, salt)
+                request = Request(list(asked.ids), own, stops, limit, asked.pictures, salt, deadline)
                 self.engine.add(request)
                 streams.append(Answer(name, index, request, self.tokenizer))
         except UsageError:
@@ -276,7 +280,7 @@ class LLM:
             prompt_ids=tuple(first.ids[: first.prompt_len]),
             choices=tuple(stream.choice() for stream in streams),
             usage=Usage(first.prompt_len, first.prefix_hit, sum(s.request.output_len for s in streams)),
-            timings=Timings(latency, spent, rate),
+            timings=Timings(latency, spent, rate, (first.admitted or first.ended or time.monotonic()) - first.arrived),
             params=first.params,
             prompt_logprobs=tuple(first.prompt_logprobs),
         )
@@ -288,7 +292,10 @@ class LLM:
         self._streams.pop(id, None)
 
     def in_flight(self) -> InFlight:
-        """Every request that is not forgotten, and the use of the pool, as they are now. Costs a few us a request."""
+        """Every request that is not forgotten, and the use of the pool, as they are now.
+
+        Costs a few us a request, and 0.3 ms for the map of a pool of a million slots.
+        """
         streams = [stream for streams in self._streams.values() for stream in streams]
         return InFlight.of(((stream.name, stream.index, stream.request) for stream in streams), self.engine.scheduler)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lite_llm.server.run import ServeOptions
 
 KEY = "LITE_LLM_API_KEY"
-_WISHES = ("host", "port", "api_key", "name", "max_queue", "max_body", "drain")
+_WISHES = ("host", "port", "api_key", "name", "max_queue", "max_body", "timeout", "drain")
 
 
 def parser(prog: str) -> args.Parser:
@@ -34,7 +34,7 @@ def parser(prog: str) -> args.Parser:
         help="answers that run together; default: %(default)s",
     )  # fmt: skip
     group.add_argument(
-        "--max-slowdown", metavar="X", type=_factor, default=2.0,
+        "--max-slowdown", metavar="X", type=_number, default=2.0,
         help="a step that reads prompts takes at most X times one that does not, on a GPU; default: %(default)g",
     )  # fmt: skip
     group.add_argument(
@@ -43,6 +43,9 @@ def parser(prog: str) -> args.Parser:
     )  # fmt: skip
     group.add_argument("--max-queue", metavar="N", type=_whole, help="answers that may wait; default: 512")
     group.add_argument("--max-body", metavar="BYTES", type=_whole, help="of a request; default: 8 MiB")
+    group.add_argument(
+        "--timeout", metavar="S", type=_number, help="seconds that an answer may take at most; default: any time"
+    )
     group.add_argument(
         "--drain", metavar="S", type=_whole, help="seconds for running answers to finish after SIGTERM; default: 30"
     )
@@ -104,7 +107,7 @@ def _run_replicas(options: argparse.Namespace, wishes: "ServeOptions", screen: S
         )
 
 
-def _factor(text: str) -> float:
+def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:

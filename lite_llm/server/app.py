@@ -38,10 +38,13 @@ _COMPLETION_TOKENS = 16  # OpenAI's default, for completions only
 class Server:
     """What the handlers share. `name`: of the model, for clients."""
 
-    def __init__(self, llm: LLM, bridge: Bridge, name: str, started: int, most_bytes: int):
-        """`started`: seconds since 1970."""
-        self.bridge, self.name, self.started, self.most_bytes = bridge, name, started, most_bytes
-        self.metrics = Metrics()
+    def __init__(
+        self, llm: LLM, bridge: Bridge, metrics: Metrics, name: str, started: int, most_bytes: int,
+        most_seconds: float | None,
+    ):  # fmt: skip
+        """`started`: seconds since 1970. `most_bytes` of a body, `most_seconds` for an answer; None: any time."""
+        self.bridge, self.metrics, self.name = bridge, metrics, name
+        self.started, self.most_bytes, self._most_seconds = started, most_bytes, most_seconds
         self.workers = ThreadPoolExecutor(_WORKERS, "lite_llm-reader")
         # Of the LLM only what never changes: its steps belong to the bridge.
         self._prompt, self._tokenizer, self.context = llm.read, llm.tokenizer, llm.cfg.max_len
@@ -59,7 +62,8 @@ class Server:
         ignored += ignored_of(request.tools)
         prompt = self._conversation(request.messages, offered, gone)
         form = ChatForm(self._vocabulary, self._toolbox.reader(offered, only_one=request.parallel_tool_calls is False))
-        return Task([prompt], params, stream, form, self.name, ignored, request.cache_salt or "")
+        patience = schema.patience(request, self._most_seconds)
+        return Task([prompt], params, stream, form, self.name, ignored, request.cache_salt or "", patience)
 
     def read_completion(self, body: bytes, gone: Gone) -> Task:
         request = schema.read(schema.CompletionRequest, body)
@@ -79,7 +83,8 @@ class Server:
         if request.echo:
             echo = [one if isinstance(one, str) else self._decode("prompt", one) for one in given]
         form = TextForm(self._vocabulary, [text for text in echo for _ in range(params.n)])
-        return Task(prompts, params, stream, form, self.name, ignored, request.cache_salt or "")
+        patience = schema.patience(request, self._most_seconds)
+        return Task(prompts, params, stream, form, self.name, ignored, request.cache_salt or "", patience)
 
     def tokenize(self, body: bytes) -> dict[str, Any]:
         request = schema.read(schema.TokenizeRequest, body)
@@ -156,7 +161,8 @@ def make_app(server: Server, api_key: str | None) -> ASGIApp:
     @app.get("/v1/requests")
     async def requests() -> dict[str, Any]:
         now = await bridge.in_flight()
-        return vars(now) | {"requests": [vars(one) for one in now.requests], "model": server.name}
+        requests = [vars(one) for one in now.requests]
+        return vars(now) | {"requests": requests, "map": vars(now.map), "model": server.name}
 
     @app.post("/tokenize", openapi_extra=_takes("TokenizeRequest"))
     async def tokenize(request: Request) -> dict[str, Any]:

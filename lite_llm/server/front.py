@@ -6,11 +6,17 @@ with an error.
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
@@ -20,7 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lite_llm.server.answers import event
 from lite_llm.server.app import response_of
-from lite_llm.server.metrics import CONTENT_TYPE, labelled
+from lite_llm.server.metrics import CONTENT_TYPE
 from lite_llm.server.refusals import Refusal, refusal_of, stopping
 from lite_llm.server.reply import ClientGone, deliver, left, read_bytes
 from lite_llm.server.routing import prefixes_of
@@ -164,10 +170,7 @@ class Front:
     async def _in_flight(self) -> Response:
         """Those of all replicas; figures are sums."""
         found = [json.loads(body) for body in (await self._ask("/v1/requests")).values()]
-        merged = found[0]
-        for other in found[1:]:
-            merged |= {name: merged[name] + value for name, value in other.items() if name != "model"}
-        return JSONResponse(merged)
+        return JSONResponse(functools.reduce(together, found))
 
     async def _metrics(self) -> Response:
         return Response(labelled(await self._ask("/metrics")), media_type=CONTENT_TYPE)
@@ -177,3 +180,33 @@ def running_replicas() -> int:
     """Blocks until Ray's controller has answered."""
     found = serve.status().applications.values()
     return sum(one.replica_states.get("RUNNING", 0) for app in found for one in app.deployments.values())
+
+
+def together(one: Any, other: Any) -> Any:
+    """Two documents of the same shape as one: numbers are added, lists of them too, lists of requests joined."""
+    if isinstance(one, dict):
+        return {name: together(value, other[name]) for name, value in one.items()}
+    if isinstance(one, list) and all(isinstance(item, int) for item in one + other):
+        return [a + b for a, b in itertools.zip_longest(one, other, fillvalue=0)]
+    return one if isinstance(one, str) else one + other
+
+
+def labelled(texts: Mapping[str, bytes]) -> bytes:
+    """The figures of several servers as one document: each sample gets a label `replica`, the key of its text."""
+    found: dict[str, Metric] = {}
+    for replica, text in texts.items():
+        for family in text_string_to_metric_families(text.decode()):
+            merged = found.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                merged.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+    registry = CollectorRegistry()
+    registry.register(_Found(list(found.values())))
+    return generate_latest(registry)
+
+
+class _Found(Collector):
+    def __init__(self, metrics: list[Metric]):
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        return self._metrics

@@ -24,11 +24,13 @@ from ray.serve.schema import LoggingConfig
 from starlette.types import Message
 
 from lite_llm.config import EngineConfig
+from lite_llm.engine.warm import counting
 from lite_llm.errors import EnvironmentProblem
 from lite_llm.llm import LLM
 from lite_llm.server.app import Server, guarded, make_app
 from lite_llm.server.bridge import Bridge
 from lite_llm.server.front import Front
+from lite_llm.server.metrics import Metrics
 from lite_llm.server.routing import PrefixRouter
 from lite_llm.server.run import ServeOptions, answer, fetcher_from, freeze, name_of
 from lite_llm.text.decoders import Decoders
@@ -49,7 +51,11 @@ class Replica:
         decoders = Decoders()  # its processes end with this one
         llm = LLM(model, fetcher=fetcher_from(fetch_from), decode=decoders.decode, **engine)
         self._bridge = Bridge(llm, options.max_queue)
-        self._server = Server(llm, self._bridge, options.name or name_of(llm.name), started, options.max_body)
+        kernels = contextlib.ExitStack().enter_context(counting(llm.engine.kv.k.device))
+        name = options.name or name_of(llm.name)
+        self._server = Server(
+            llm, self._bridge, Metrics(kernels), name, started, options.max_body, options.timeout
+        )  # fmt: skip
         self._app = make_app(self._server, None)  # the front has seen the key
         freeze()
         self._bridge.start(on_death=lambda: os._exit(1))

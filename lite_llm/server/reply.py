@@ -4,6 +4,7 @@ The status and the headers of a stream go out with its first token, so that what
 """
 
 import asyncio
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -44,6 +45,7 @@ class Task:
     model: str
     ignored: list[str]
     salt: str
+    timeout: float | None  # seconds from the arrival of the body
 
 
 class ClientGone(Exception):
@@ -84,10 +86,11 @@ class Reply(Response):
 
     async def _answer(self, seat: Seat, scope: Scope, receive: Receive, send: Send) -> Job:
         body = await read_body(scope, receive, self._most_bytes)
+        arrived = time.monotonic()
         gone = asyncio.ensure_future(left(receive))
         try:
             task = await off_loop(self._workers, self._read, body, gone.done)
-            return await self._generate(seat, task, gone, send)
+            return await self._generate(seat, task, arrived, gone, send)
         except Refusal:
             if gone.done():  # it was cancelled for that reason
                 raise ClientGone from None
@@ -95,11 +98,13 @@ class Reply(Response):
         finally:
             gone.cancel()
 
-    async def _generate(self, seat: Seat, task: Task, gone: asyncio.Future, send: Send) -> Job:
+    async def _generate(self, seat: Seat, task: Task, arrived: float, gone: asyncio.Future, send: Send) -> Job:
         seat.widen(len(task.prompts) * task.params.n)
+        deadline = None if task.timeout is None else arrived + task.timeout
         job = Job(
-            f"{task.form.prefix}-{uuid.uuid4().hex}", task.prompts, task.params, task.stream is not None, task.salt
-        )
+            f"{task.form.prefix}-{uuid.uuid4().hex}", task.prompts, task.params, task.stream is not None, task.salt,
+            task.timeout, deadline,
+        )  # fmt: skip
         document = Document(task.form, job.id, task.model, sum(len(prompt.ids) for prompt in task.prompts))
         gone.add_done_callback(lambda _: self._bridge.cancel(job))
         self._bridge.submit(job)
@@ -115,9 +120,11 @@ class Reply(Response):
                 await deliver(send, _body(content, more=False))
                 return job
             await deliver(send, _start(_STREAM + headers))
+            last: dict[int, float] = {}
             usage, running = bool(task.stream.include_usage), bool(task.stream.continuous_usage_stats)
             try:
                 while pieces:
+                    self._metrics.handed_on(pieces, last)
                     if events := document.events(pieces, usage, running):
                         await deliver(send, _body(events))
                     pieces = await job.news()

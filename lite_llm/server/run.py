@@ -5,6 +5,7 @@ import contextlib
 import errno
 import gc
 import ipaddress
+import math
 import signal
 import socket
 import time
@@ -16,10 +17,12 @@ from typing import Protocol
 import uvicorn
 from starlette.types import ASGIApp
 
+from lite_llm.engine.warm import counting
 from lite_llm.errors import EnvironmentProblem, UsageError
 from lite_llm.llm import LLM
 from lite_llm.server.app import Server, make_app
 from lite_llm.server.bridge import Bridge
+from lite_llm.server.metrics import Metrics
 from lite_llm.text.fetch import Fetcher, check_url, resolve
 
 _GOODBYE = 2.0  # seconds for clients to hear that their answers end
@@ -27,7 +30,7 @@ _GOODBYE = 2.0  # seconds for clients to hear that their answers end
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """UsageError for an address that everybody can reach, without a key."""
+    """UsageError for an address that everybody can reach, without a key, and for a timeout that is none."""
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
@@ -35,6 +38,7 @@ class ServeOptions:
     name: str | None = None  # of the model, for clients; None: `name_of` it
     max_queue: int = 512  # answers that may wait
     max_body: int = 8 << 20  # bytes
+    timeout: float | None = None  # seconds that an answer may take at most; None: any time
     drain: float = 30.0  # seconds for running answers to finish when the server is stopped
 
     def __post_init__(self):
@@ -43,6 +47,8 @@ class ServeOptions:
                 f"host = {self.host} can be reached from other machines, and there is no API key",
                 "pass --api-key KEY or set LITE_LLM_API_KEY, or serve on 127.0.0.1",
             )
+        if self.timeout is not None and not 0 < self.timeout < math.inf:
+            raise UsageError(f"timeout = {self.timeout}; expected a number of seconds above 0")
 
 
 class Work(Protocol):
@@ -89,13 +95,17 @@ def serve(llm: LLM, listener: socket.socket, options: ServeOptions, say: Callabl
     Raises what ended the engine, if it ended by itself.
     """
     bridge = Bridge(llm, options.max_queue)
-    server = Server(llm, bridge, options.name or name_of(llm.name), int(time.time()), options.max_body)
-    app = make_app(server, options.api_key)
-    freeze()
-    try:
-        return answer(app, bridge, server.name, listener, options, say)
-    finally:
-        server.workers.shutdown(wait=False, cancel_futures=True)
+    with counting(llm.engine.kv.k.device) as kernels:
+        name = options.name or name_of(llm.name)
+        server = Server(
+            llm, bridge, Metrics(kernels), name, int(time.time()), options.max_body, options.timeout
+        )  # fmt: skip
+        app = make_app(server, options.api_key)
+        freeze()
+        try:
+            return answer(app, bridge, server.name, listener, options, say)
+        finally:
+            server.workers.shutdown(wait=False, cancel_futures=True)
 
 
 def answer(

@@ -99,7 +99,7 @@ class _Answer:
     def output(self) -> Output:
         choice = Choice(0, "".join(self.said), (1,) * len(self.said), self.reason or "", None, self.params.seed)
         usage = Usage(self.prompt, 0, len(self.said))
-        return Output(self.name, (0,) * self.prompt, (choice,), usage, Timings(0.01, 0.1, 50.0), self.params)
+        return Output(self.name, (0,) * self.prompt, (choice,), usage, Timings(0.01, 0.1, 50.0, 0.0), self.params)
 
 
 def _words(text: str) -> list[str]:
