@@ -15,6 +15,7 @@ from lite_llm.errors import EnvironmentProblem, UsageError
 if TYPE_CHECKING:
     from lite_llm.llm import LLM
     from lite_llm.server.loading import Loading
+    from lite_llm.server.options import ServeOptions
 
 KEY = "LITE_LLM_API_KEY"
 _WISHES = ("host", "port", "api_key", "name", "max_queue", "max_body", "timeout", "drain")
@@ -37,6 +38,10 @@ def parser(prog: str) -> args.Parser:
     group.add_argument(
         "--max-slowdown", metavar="X", type=_number, default=2.0,
         help="a step that reads prompts takes at most X times one that does not, on a GPU; default: %(default)g",
+    )  # fmt: skip
+    group.add_argument(
+        "--replicas", metavar="N", type=_whole, default=1,
+        help="copies of the model that share the requests, each on a GPU of its own; more than 1 needs Ray",
     )  # fmt: skip
     group.add_argument("--max-queue", metavar="N", type=_whole, help="answers that may wait; default: 512")
     group.add_argument("--max-body", metavar="BYTES", type=_whole, help="of a request; default: 8 MiB")
@@ -61,6 +66,8 @@ def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
     options.api_key = options.api_key or os.environ.get(KEY) or None
     if not 0 <= options.port < 1 << 16:
         found.error(f"--port: {options.port}; expected 0 to 65535")
+    if not 1 <= options.replicas <= 64:
+        found.error(f"--replicas: {options.replicas}; expected 1 to 64")
     if options.api_key and not (options.api_key.isascii() and options.api_key.isprintable()):
         found.error("--api-key: expected printable ASCII characters")
     try:
@@ -82,6 +89,8 @@ def run(options: argparse.Namespace, screen: Screen, load: Callable[..., Abstrac
         raise EnvironmentProblem(f"{error}", "pip install -r requirements-serve.txt") from None
     given = {name: getattr(options, name) for name in _WISHES if getattr(options, name) is not None}
     wishes, fetcher = ServeOptions(**given), fetcher_from(options.fetch_from)
+    if options.replicas > 1:
+        return _run_replicas(options, wishes, screen)
     with contextlib.ExitStack() as stack:
         listener, decoders = stack.enter_context(listen(wishes)), stack.enter_context(Decoders())
         with Loading(listener) as loading:
@@ -91,6 +100,21 @@ def run(options: argparse.Namespace, screen: Screen, load: Callable[..., Abstrac
             from lite_llm.server.run import serve  # torch, which is here by now
 
         return serve(llm, listener, wishes, screen.note)
+
+
+def _run_replicas(options: argparse.Namespace, wishes: "ServeOptions", screen: Screen) -> int:
+    try:
+        from lite_llm.server.ray import serve_replicas
+    except ImportError as error:
+        if (error.name or "").startswith("lite_llm"):
+            raise
+        raise EnvironmentProblem(f"--replicas: {error}", "pip install -r requirements-ray.txt") from None
+    from lite_llm.server.options import listen
+
+    with listen(wishes) as listener:
+        return serve_replicas(
+            options.model, options.engine, options.fetch_from, options.replicas, listener, wishes, screen.note
+        )
 
 
 class _Announced(LoadingBar):

@@ -199,12 +199,12 @@ def make_app(server: Server, api_key: str | None) -> ASGIApp:
 
     @app.exception_handler(Refusal)
     async def refused(_: Request, refusal: Refusal) -> Response:
-        return _response(refusal)
+        return response_of(refusal)
 
     @app.exception_handler(HTTPException)
     async def no_route(_: Request, error: HTTPException) -> Response:
         words = {404: "there is no such path", 405: "this path does not take that method"}
-        return _response(Refusal(error.status_code, words.get(error.status_code, "the request cannot be read")))
+        return response_of(Refusal(error.status_code, words.get(error.status_code, "the request cannot be read")))
 
     @app.exception_handler(ClientGone)
     async def left(*_) -> Response:
@@ -212,12 +212,12 @@ def make_app(server: Server, api_key: str | None) -> ASGIApp:
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
-        return _response(refusal_of(error))
+        return response_of(refusal_of(error))
 
-    return _guarded(app, api_key) if api_key else app
+    return guarded(app, api_key) if api_key else app
 
 
-def _guarded(app: ASGIApp, key: str) -> ASGIApp:
+def guarded(app: ASGIApp, key: str) -> ASGIApp:
     """Nothing of a request is read before its key is known."""
     expected = key.encode()
 
@@ -227,13 +227,13 @@ def _guarded(app: ASGIApp, key: str) -> ASGIApp:
             kind, _, token = (given[0] if len(given) == 1 else b"").partition(b" ")
             if not hmac.compare_digest(token.strip(), expected) or kind.lower() != b"bearer":
                 refusal = Refusal(401, "the API key is missing or wrong", code="invalid_api_key")
-                return await _response(refusal)(scope, receive, send)
+                return await response_of(refusal)(scope, receive, send)
         await app(scope, receive, send)
 
     return guard
 
 
-def _response(refusal: Refusal) -> Response:
+def response_of(refusal: Refusal) -> Response:
     return Response(refusal.body(), refusal.status, refusal.headers, "application/json")
 
 

@@ -87,7 +87,7 @@ class Reply(Response):
     async def _answer(self, seat: Seat, scope: Scope, receive: Receive, send: Send) -> Job:
         body = await read_body(scope, receive, self._most_bytes)
         arrived = time.monotonic()
-        gone = asyncio.ensure_future(_left(receive))
+        gone = asyncio.ensure_future(left(receive))
         try:
             task = await off_loop(self._workers, self._read, body, gone.done)
             return await self._generate(seat, task, arrived, gone, send)
@@ -116,24 +116,24 @@ class Reply(Response):
             if task.stream is None:
                 content = document.whole(job.outputs)
                 headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-                await _send(send, _start(headers))
-                await _send(send, _body(content, more=False))
+                await deliver(send, _start(headers))
+                await deliver(send, _body(content, more=False))
                 return job
-            await _send(send, _start(_STREAM + headers))
+            await deliver(send, _start(_STREAM + headers))
             last: dict[int, float] = {}
             usage, running = bool(task.stream.include_usage), bool(task.stream.continuous_usage_stats)
             try:
                 while pieces:
                     self._metrics.handed_on(pieces, last)
                     if events := document.events(pieces, usage, running):
-                        await _send(send, _body(events))
+                        await deliver(send, _body(events))
                     pieces = await job.news()
                 end = document.final_usage(job.outputs) if usage else b""
-                await _send(send, _body(end + b"data: [DONE]\n\n", more=False))
+                await deliver(send, _body(end + b"data: [DONE]\n\n", more=False))
             except Refusal as refusal:  # too late for a status
                 if gone.done():
                     raise ClientGone from None
-                await _send(send, _body(event(refusal.document()), more=False))
+                await deliver(send, _body(event(refusal.document()), more=False))
             return job
         finally:
             self._bridge.cancel(job)
@@ -149,12 +149,16 @@ async def off_loop(workers: Executor, work: Callable[..., Any], *arguments: Any)
 
 async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
     """The JSON that a client sends. Refusal for another type, too much of it, or too slow a client."""
-    headers = dict(scope["headers"])
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    kind = dict(scope["headers"]).get(b"content-type", b"").split(b";")[0].strip().lower()
     # Only this type makes a browser ask before it sends: no page of a stranger can use a server on this machine.
     if kind != b"application/json":
         raise Refusal(415, "the content-type is not application/json; send that header with a JSON body")
-    length = headers.get(b"content-length", b"0")
+    return await read_bytes(scope, receive, most)
+
+
+async def read_bytes(scope: Scope, receive: Receive, most: int) -> bytes:
+    """A body of any type. Refusal for too much of it, or too slow a client."""
+    length = dict(scope["headers"]).get(b"content-length", b"0")
     if not length.isdigit() or int(length) > most:
         raise too_large(most)
     parts, size = [], 0
@@ -178,12 +182,14 @@ def too_large(most: int) -> Refusal:
     return Refusal(413, f"the body is too large; at most {most:,} bytes are taken", code="body_too_large")
 
 
-async def _left(receive: Receive) -> None:
+async def left(receive: Receive) -> None:
+    """Returns when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _send(send: Send, message: Message) -> None:
+async def deliver(send: Send, message: Message) -> None:
+    """ClientGone if nobody takes it."""
     try:
         async with asyncio.timeout(_SEND_DEADLINE):
             await send(message)

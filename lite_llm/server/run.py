@@ -8,8 +8,10 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from lite_llm.engine.warm import counting
 from lite_llm.llm import LLM
@@ -19,6 +21,18 @@ from lite_llm.server.metrics import Metrics
 from lite_llm.server.options import ServeOptions
 
 _GOODBYE = 2.0  # seconds for clients to hear that their answers end
+
+
+class Work(Protocol):
+    """What is done for clients: `Bridge`, or something with its names."""
+
+    taken: int  # answers that run or wait
+    draining: bool  # set when no more are to be taken
+    dead: Exception | None
+
+    def start(self, on_death: Callable[[], None]) -> None: ...
+    def end_all(self) -> None: ...
+    async def close(self) -> None: ...
 
 
 def serve(llm: LLM, listener: socket.socket, options: ServeOptions, say: Callable[[str], None]) -> int:
@@ -32,16 +46,32 @@ def serve(llm: LLM, listener: socket.socket, options: ServeOptions, say: Callabl
         server = Server(
             llm, bridge, Metrics(kernels), name, int(time.time()), options.max_body, options.timeout
         )  # fmt: skip
-        http = _Quiet(
-            uvicorn.Config(
-                make_app(server, options.api_key), lifespan="off", ws="none", log_config=None, access_log=False,
-                server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(_GOODBYE)),
-            )
-        )  # fmt: skip
-        gc.collect()
-        gc.freeze()  # 200,000 objects of torch and transformers, which a collection looks through for 50 ms
-        with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
-            return runner.run(_serve(server, http, listener, options, say))
+        app = make_app(server, options.api_key)
+        freeze()
+        try:
+            return answer(app, bridge, server.name, listener, options, say)
+        finally:
+            server.workers.shutdown(wait=False, cancel_futures=True)
+
+
+def answer(
+    app: ASGIApp, work: Work, name: str, listener: socket.socket, options: ServeOptions, say: Callable[[str], None]
+) -> int:
+    """`serve` for what is opened already. `work`: what `app` does, so that it can be stopped."""
+    http = _Quiet(
+        uvicorn.Config(
+            app, lifespan="off", ws="none", log_config=None, access_log=False,
+            server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(_GOODBYE)),
+        )
+    )  # fmt: skip
+    with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
+        return runner.run(_serve(work, name, http, listener, options, say))
+
+
+def freeze() -> None:
+    """Of 200,000 objects of torch and transformers, which a collection looks through for 50 ms."""
+    gc.collect()
+    gc.freeze()
 
 
 def name_of(model: str) -> str:
@@ -51,10 +81,14 @@ def name_of(model: str) -> str:
 
 
 async def _serve(
-    server: Server, http: uvicorn.Server, listener: socket.socket, options: ServeOptions, say: Callable[[str], None]
+    work: Work,
+    name: str,
+    http: uvicorn.Server,
+    listener: socket.socket,
+    options: ServeOptions,
+    say: Callable[[str], None],
 ) -> int:
-    bridge, stop = server.bridge, asyncio.Event()
-    at_once = asyncio.Event()
+    stop, at_once = asyncio.Event(), asyncio.Event()
 
     def told() -> None:
         (at_once if stop.is_set() else stop).set()
@@ -62,29 +96,28 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told)
-    bridge.start(on_death=stop.set)
+    work.start(on_death=stop.set)
     serving = asyncio.ensure_future(http.serve(sockets=[listener]))
     host, port = listener.getsockname()[:2]
-    say(f"http://{f'[{host}]' if ':' in host else host}:{port}  model {server.name}  Ctrl-C stops")
+    say(f"http://{f'[{host}]' if ':' in host else host}:{port}  model {name}  Ctrl-C stops")
     await asyncio.wait([serving, asyncio.ensure_future(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
-    bridge.draining = True
-    if bridge.taken and not bridge.dead:
-        say(f"{bridge.taken} answers may finish within {options.drain:g} s; Ctrl-C again does not wait")
+    work.draining = True
+    if work.taken and not work.dead:
+        say(f"{work.taken} answers may finish within {options.drain:g} s; Ctrl-C again does not wait")
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(options.drain):
-            while bridge.taken and not bridge.dead and not at_once.is_set():
+            while work.taken and not work.dead and not at_once.is_set():
                 await asyncio.sleep(0.02)
-    bridge.end_all()
+    work.end_all()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_GOODBYE):
-            while bridge.taken:
+            while work.taken:
                 await asyncio.sleep(0.02)
     http.should_exit = True
     await serving
-    await bridge.close()
-    server.workers.shutdown(wait=False, cancel_futures=True)
-    if bridge.dead:
-        raise bridge.dead
+    await work.close()
+    if work.dead:
+        raise work.dead
     return 130 if at_once.is_set() else 0
 
 

@@ -234,7 +234,7 @@ def test_who_sends_or_reads_too_slowly_is_left(demo, monkeypatch):
         await asyncio.sleep(60)
 
     with pytest.raises(reply.ClientGone):
-        asyncio.run(reply._send(never, {}))
+        asyncio.run(reply.deliver(never, {}))
 
 
 def test_a_long_answer_comes_piece_by_piece(server):

@@ -49,8 +49,8 @@ class Process:
     def url(self) -> str:
         return self.wait_for(r"http://[\d.:]+")[0]
 
-    def end(self) -> int:
-        code = self.child.wait(20)
+    def end(self, seconds: float = 20.0) -> int:
+        code = self.child.wait(seconds)
         self.reader.join()
         self.child.stderr.close()
         return code
