@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from lite_llm.outputs import Delta, InFlight, Output, Timings, Usage
 from lite_llm.prompts import Encoded, Message, Prompt, Reader, tower_of
 from lite_llm.text import Tokenizer
 from lite_llm.text.fetch import Fetcher
+from lite_llm.text.grammar import GrammarCompiler
 from lite_llm.text.images import Picture
 from lite_llm.text.processor import Processor
 from lite_llm.weights.files import open_checkpoint
@@ -232,7 +234,8 @@ class LLM:
                 own = dataclasses.replace(params, n=1, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
                 if index:
                     own = dataclasses.replace(own, prompt_logprobs=None)  # the first one tells them
-                request = Request(list(asked.ids), own, stops, limit, asked.pictures, salt)
+                constraint = own.grammar.start() if own.grammar is not None else None
+                request = Request(list(asked.ids), own, stops, limit, asked.pictures, salt, constraint)
                 self.engine.add(request)
                 streams.append(Answer(name, index, request, self.tokenizer))
         except UsageError:
@@ -302,6 +305,13 @@ class LLM:
         template takes none.
         """
         return self._reader.read(prompt, tools)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Makes what answers must be, for `SamplingParams.grammar`; from any thread."""
+        if self.tokenizer is None:
+            raise UsageError(f"{self.name} has no tokenizer, without which there are no grammars")
+        return GrammarCompiler(self.tokenizer, self.cfg.vocab, self.eos_ids)
 
     def open(self, source: "PictureSource | Picture") -> Picture:
         """A picture for a message: a path, bytes, a data URL, a PIL image, and where `fetcher` was given, a URL.

@@ -62,7 +62,7 @@ class SamplingParams:
     logprobs: int | None = None  # how many alternatives to report per token; 0: the chosen token only
     prompt_logprobs: int | None = None  # the same of the prompt's tokens but the first
     n: int = 1  # answers per prompt; answer i uses seed + i
-    grammar: Grammar | None = None  # what the answer must be, unless a stop or max_tokens cuts it: see `LLM.grammar`
+    grammar: Grammar | None = None  # what the answer must be, unless a stop or max_tokens cuts it: see `LLM.grammars`
 
     def __post_init__(self):
         for name, (kind, low, high) in _RANGES.items():
@@ -75,7 +75,7 @@ class SamplingParams:
         if type(self.ignore_eos) is not bool:
             raise UsageError(f"ignore_eos = {shown(self.ignore_eos)}; expected True or False")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
-            raise UsageError(f"grammar is a {type(self.grammar).__name__}; expected what LLM.grammar makes")
+            raise UsageError(f"grammar is a {type(self.grammar).__name__}; expected what LLM.grammars makes")
         if self.grammar is not None and self.ignore_eos:
             raise UsageError("ignore_eos = True; an answer with a grammar ends where the grammar does")
         stop = (self.stop,) if isinstance(self.stop, str) and self.stop else self.stop

@@ -235,7 +235,7 @@ def test_an_unusable_row_ends_a_constrained_request():
 def test_a_grammar_of_another_model_is_refused():
     with pytest.raises(UsageError, match="another vocabulary"):
         Rig(vocab=VOCAB + 32).add(held([1]))
-    with pytest.raises(UsageError, match="grammar is a str; expected what LLM.grammar makes"):
+    with pytest.raises(UsageError, match="grammar is a str; expected what LLM.grammars makes"):
         ask([1], grammar="a*")
     with pytest.raises(UsageError, match="ignore_eos = True"):
         ask([1], grammar=HashedGrammar(1), ignore_eos=True)
