@@ -1,7 +1,8 @@
 """What a user wants an answer to be, as llguidance reads it, and bounds on it.
 
 The bounds are for strangers' grammars: llguidance compiles by recursion, and a chain of some thousand rules within each
-other ends the whole process; measured with the 8 MB of stack that a thread has on Linux, twice the bound does no harm.
+other ends the whole process. With the 8 MB of stack that a thread has on Linux, one and a half times the bound does no
+harm (`tests/text/test_grammar.py`).
 """
 
 import json
@@ -13,10 +14,10 @@ from lite_llm.errors import UsageError, shown
 
 _MOST_CHARS = {"json": 1 << 16, "regex": 1 << 12, "lark": 1 << 14, "choice": 1 << 16}
 _LONGEST_CHOICE = 1 << 12  # characters
-_DEEPEST = 1200  # things within each other, at the worst
+_DEEPEST = 800  # things within each other, at the worst
 _OPENERS = re.compile(r"[(\[{\n]")
-# Between the tokens of JSON: a space, or a new line and its indentation. llguidance would take any number of any: a model
-# that gets lost there never comes back.
+# Between the tokens of JSON: a space, or a new line and its indentation. llguidance would take any number of both, and
+# a model that gets lost there never comes back.
 _SPACES = {"whitespace_pattern": r" |\n[ \t]{0,20}"}
 
 
@@ -81,9 +82,9 @@ def _json(name: str, schema: Any) -> Source:
         refs: set[str] = set()
         depth = _depth(schema, refs)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{name} is no JSON: {error}") from None
+        raise UsageError(f"{name} is no usable JSON: {error}") from None
     if depth * (1 + len(refs)) > _DEEPEST:  # a path that passes each reference once
-        raise UsageError(f"{name} has {depth} levels and {len(refs)} references; fewer are taken")
+        raise UsageError(f"{name} is too deep: {depth} levels and {len(refs)} references to follow")
     return Source("json", _short("json", name, text))
 
 
@@ -106,7 +107,7 @@ def _lark(name: str, text: Any) -> Source:
     if "%json" in text:  # its depth would have to be known
         raise UsageError(f"{name} has %json; send a schema as such")
     if (found := len(_OPENERS.findall(text))) > _DEEPEST:
-        raise UsageError(f"{name} has {found:,} lines and opening brackets; at most {_DEEPEST:,} are taken")
+        raise UsageError(f"{name} is too long: {found:,} lines and opening brackets; at most {_DEEPEST:,} are taken")
     return Source("lark", text)
 
 
@@ -115,7 +116,7 @@ def _choice(name: str, texts: Any) -> Source:
         raise UsageError(f"{name} = {shown(texts)}; expected a list of texts")
     for index, text in enumerate(texts):
         if len(_text(f"{name}[{index}]", text)) > _LONGEST_CHOICE:
-            raise UsageError(f"{name}[{index}] has {len(text):,} characters; at most {_LONGEST_CHOICE:,} are taken")
+            raise UsageError(f"{name}[{index}] is too long; at most {_LONGEST_CHOICE:,} characters are taken")
     return Source("lark", _short("choice", name, "start: " + " | ".join(map(_quoted, texts))))
 
 
@@ -131,7 +132,7 @@ def _text(name: str, value: Any) -> str:
 
 def _short(kind: str, name: str, text: str) -> str:
     if len(text) > _MOST_CHARS[kind]:
-        raise UsageError(f"{name} has {len(text):,} characters; at most {_MOST_CHARS[kind]:,} are taken")
+        raise UsageError(f"{name} is too long: {len(text):,} characters; at most {_MOST_CHARS[kind]:,} are taken")
     return text
 
 
