@@ -19,13 +19,13 @@ from lite_llm.engine.engine import Engine
 from lite_llm.engine.memory import MemoryPlan
 from lite_llm.engine.request import Request, SamplingParams
 from lite_llm.engine.warm import Say, Warmth, warm_up
-from lite_llm.errors import BadCheckpoint, UsageError
+from lite_llm.errors import BadCheckpoint, UsageError, shown
 from lite_llm.jsonfile import read_object
 from lite_llm.models import registry, shapes
 from lite_llm.outputs import Delta, InFlight, Output, Timings, Usage
 from lite_llm.prompts import Encoded, Message, Prompt, Reader, tower_of
 from lite_llm.text import Tokenizer
-from lite_llm.text.fetch import Fetcher
+from lite_llm.text.fetch import Fetcher, Gone
 from lite_llm.text.grammar import GrammarCompiler
 from lite_llm.text.images import Picture
 from lite_llm.text.processor import Processor
@@ -36,6 +36,7 @@ from lite_llm.weights.random import random_hf_tensors
 from lite_llm.weights.rules import load
 
 if TYPE_CHECKING:
+    from lite_llm.text.images import Decode
     from lite_llm.text.images import Source as PictureSource
 
 log = logging.getLogger("lite_llm")
@@ -60,6 +61,7 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         status: Say | None = None,
         fetcher: Fetcher | None = None,
+        decode: "Decode | None" = None,
         **options,
     ):
         """Plan, load and get ready.
@@ -69,8 +71,9 @@ class LLM:
         tokenizer. `options` are the fields of `EngineConfig`. `say` gets the memory plan and notices, one line each;
         `progress` gets (bytes loaded, bytes in all), and `status` what is done after loading, how many of it are done
         and how many there are: on a GPU kernels are compiled and CUDA graphs recorded, so that no answer waits for
-        either. `fetcher` downloads pictures named by URL; without one URLs are refused. Raises a LiteLLMError that says
-        what is wrong and what to do.
+        either. `fetcher` downloads pictures named by URL; without one URLs are refused. `decode`
+        decodes pictures: `Decoders.decode` does it in other processes, which hostile files may end; None: in this one.
+        Raises a LiteLLMError that says what is wrong and what to do.
         """
         config = _engine_config(options)
         if shape is not None:
@@ -106,7 +109,7 @@ class LLM:
         for key in ("eos_token_id", "text_config.eos_token_id"):
             self.eos_ids |= set(_ids(hf.get(object, key, None)))
         processor = Processor.load(here, tower_of(self.cfg.vision)) if self.cfg.vision is not None else None
-        self._reader = Reader(self.name, self.cfg, self.tokenizer, processor, fetcher)
+        self._reader = Reader(self.name, self.cfg, self.tokenizer, processor, fetcher, decode)
         checkpoint = open_checkpoint(source.directory())
         rules = registry.find(self.cfg.architecture)[0].RULES
         self._ready(lambda net: load_weights(net, checkpoint, rules, progress), status)
@@ -213,13 +216,17 @@ class LLM:
     # ---- the step API
 
     def add_request(
-        self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None, salt: str = ""
-    ) -> str:
+        self, prompt: Prompt, params: SamplingParams | None = None, id: str | None = None, salt: str = "",
+        deadline: float | None = None,
+    ) -> str:  # fmt: skip
         """Queue a prompt; returns its id. UsageError for a bad prompt, ContextExceeded for one that is too long.
 
         Prefixes are shared only with requests of the same `salt`: users who get one each cannot tell by the time that
-        an answer takes what others have asked.
+        an answer takes what others have asked. Answers that are not complete at the `deadline`, a moment of
+        `time.monotonic`, end within one step with the reason "timeout"; what they have said stays.
         """
+        if deadline is not None and not (type(deadline) in (int, float) and deadline >= 0):
+            raise UsageError(f"deadline = {shown(deadline)}; expected a moment, such as time.monotonic() + 5")
         if not isinstance(salt, str):
             raise UsageError(f"salt is a {type(salt).__name__}; expected text")
         asked, params = self.read(prompt), (params or SamplingParams()).resolved(self.generation_config)
@@ -234,8 +241,8 @@ class LLM:
                 own = dataclasses.replace(params, n=1, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
                 if index:
                     own = dataclasses.replace(own, prompt_logprobs=None)  # the first one tells them
-                constraint = own.grammar.start() if own.grammar is not None else None
-                request = Request(list(asked.ids), own, stops, limit, asked.pictures, salt, constraint)
+                state = own.grammar.start() if own.grammar is not None else None
+                request = Request(list(asked.ids), own, stops, limit, asked.pictures, salt, deadline, state)
                 self.engine.add(request)
                 streams.append(Answer(name, index, request, self.tokenizer))
         except UsageError:
@@ -276,7 +283,7 @@ class LLM:
             prompt_ids=tuple(first.ids[: first.prompt_len]),
             choices=tuple(stream.choice() for stream in streams),
             usage=Usage(first.prompt_len, first.prefix_hit, sum(s.request.output_len for s in streams)),
-            timings=Timings(latency, spent, rate),
+            timings=Timings(latency, spent, rate, (first.admitted or first.ended or time.monotonic()) - first.arrived),
             params=first.params,
             prompt_logprobs=tuple(first.prompt_logprobs),
         )
@@ -288,7 +295,10 @@ class LLM:
         self._streams.pop(id, None)
 
     def in_flight(self) -> InFlight:
-        """Every request that is not forgotten, and the use of the pool, as they are now. Costs a few us a request."""
+        """Every request that is not forgotten, and the use of the pool, as they are now.
+
+        Costs a few us a request, and 0.3 ms for the map of a pool of a million slots.
+        """
         streams = [stream for streams in self._streams.values() for stream in streams]
         return InFlight.of(((stream.name, stream.index, stream.request) for stream in streams), self.engine.scheduler)
 
@@ -298,13 +308,13 @@ class LLM:
         """The token ids of a prompt: text with BOS, a conversation through the chat template, ids as they are."""
         return self._reader.ids(prompt)
 
-    def read(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = ()) -> Encoded:
+    def read(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = (), gone: Gone | None = None) -> Encoded:
         """A prompt with all work done that needs no engine, its pictures opened and cut to size; from any thread.
 
         `tools`: what the model is told it may call, in OpenAI's form; for conversations. UsageError if the chat
-        template takes none.
+        template takes none. Once `gone` says that nobody waits any more, no download goes on.
         """
-        return self._reader.read(prompt, tools)
+        return self._reader.read(prompt, tools, gone)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:

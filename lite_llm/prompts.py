@@ -9,14 +9,14 @@ from weakref import WeakKeyDictionary
 from lite_llm.config import ModelConfig, VisionConfig
 from lite_llm.engine.request import Tiles
 from lite_llm.errors import UsageError
-from lite_llm.text.images import Picture, open_picture, take_pictures
+from lite_llm.text.images import MOST_TOGETHER, Picture, open_picture, take_pictures
 from lite_llm.text.processor import Processor, Tower, expand
 from lite_llm.text.tools import takes_tools
 
 if TYPE_CHECKING:
     from lite_llm.text import Tokenizer
-    from lite_llm.text.fetch import Fetcher
-    from lite_llm.text.images import Source
+    from lite_llm.text.fetch import Fetcher, Gone
+    from lite_llm.text.images import Decode, Source
 
 _CHARS_A_TOKEN = 256
 """More than any token has, so that a text far beyond the context is refused before it is tokenized."""
@@ -50,36 +50,37 @@ class Reader:
         tokenizer: "Tokenizer | None" = None,
         processor: Processor | None = None,
         fetcher: "Fetcher | None" = None,
+        decode: "Decode | None" = None,
     ):
-        """`name` is for messages. Without a `fetcher` no URL is opened."""
+        """`name` is for messages. Without a `fetcher` no URL is opened; without `decode`, pictures are decoded here."""
         self._name, self._cfg, self._tokenizer = name, cfg, tokenizer
-        self._processor, self._fetcher = processor, fetcher
+        self._processor, self._fetcher, self._decode = processor, fetcher, decode
         self._tiles: WeakKeyDictionary[Picture, Tiles] = WeakKeyDictionary()
 
-    def read(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = ()) -> Encoded:
+    def read(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = (), gone: "Gone | None" = None) -> Encoded:
         """Everything that the engine needs of a prompt. UsageError for one that cannot be used, or takes no `tools`."""
         if tools and not (isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping)):
             raise UsageError("tools are for conversations", "pass messages, or leave tools out")
         if isinstance(prompt, Encoded):
             return prompt
-        ids, pictures = self._take(prompt, tools)
+        ids, pictures = self._take(prompt, tools, gone)
         return Encoded(ids, tuple((start, self._prepare(picture)) for start, picture in pictures))
 
     def ids(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt; prepares no pixels."""
         return list(prompt.ids) if isinstance(prompt, Encoded) else self._take(prompt)[0]
 
-    def open(self, source: "Source | Picture") -> Picture:
+    def open(self, source: "Source | Picture", gone: "Gone | None" = None) -> Picture:
         """One picture, decoded. UsageError for what is none, or if this model takes none."""
         self._check_vision()
-        return source if isinstance(source, Picture) else open_picture(source, self._fetcher)
+        return source if isinstance(source, Picture) else open_picture(source, self._fetcher, self._decode, gone)
 
     def receipt(self, picture: Picture, kv_bytes: int) -> str:
         """One line: what was sent, what the model sees of it, and what that costs at `kv_bytes` per token."""
         return self._check_vision().receipt(picture, kv_bytes)
 
     def _take(
-        self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = ()
+        self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = (), gone: "Gone | None" = None
     ) -> tuple[list[int], list[tuple[int, Picture]]]:
         """Token ids with placeholders for pictures, and where each picture begins."""
         if not isinstance(prompt, str) and isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], int):
@@ -95,7 +96,18 @@ class Reader:
         if sources:
             self._check_vision()
         ids = self._tokenizer.chat_ids(messages if sources else prompt, tools=tools, max_chars=most)
-        return self._place(ids, [self.open(source) for source in sources])
+        return self._place(ids, self._open_all(sources, gone))
+
+    def _open_all(self, sources: "Sequence[Source | Picture]", gone: "Gone | None") -> list[Picture]:
+        """UsageError as soon as those that are decoded for this have too many pixels together."""
+        pictures, left = [], MOST_TOGETHER
+        for source in sources:
+            pictures.append(picture := self.open(source, gone))
+            if picture is not source:
+                left -= picture.size[0] * picture.size[1]
+            if left < 0:
+                raise UsageError(f"the pictures have more than {MOST_TOGETHER:,} pixels together", "send them smaller")
+        return pictures
 
     @cached_property
     def _takes_tools(self) -> bool:

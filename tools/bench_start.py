@@ -122,18 +122,20 @@ def measure(directory: Path, device: str, rounds: int, folder: Path) -> dict:
     directory = directory.resolve()
     files = [str(file) for file in sorted(directory.glob("*.safetensors"))]
 
-    def yardstick() -> dict:
-        return child(YARDSTICK, device, *files)
+    def yardstick(what: str) -> dict:
+        return told(f"{what}: yardstick", child(YARDSTICK, device, *files))
 
-    def start(cache: str) -> dict:
-        return child(START, device, str(directory), TRITON_CACHE_DIR=str(folder / cache))
+    def start(what: str, cache: str) -> dict:
+        run = child(START, device, str(directory), TRITON_CACHE_DIR=str(folder / cache))
+        return told(f"{what}: start", run)
 
-    yardstick(), start("discarded")  # files into the page cache, modules compiled to .pyc
-    cold = start("kernels")
+    # files into the page cache, modules compiled to .pyc
+    yardstick("for nothing"), start("for nothing", "discarded")
+    cold = start("no kernels cached", "kernels")
     yardsticks, starts = [], []
-    for _ in range(rounds):
-        yardsticks.append(yardstick())
-        starts.append(start("kernels"))
+    for i in range(rounds):
+        yardsticks.append(yardstick(f"round {i + 1} of {rounds}"))
+        starts.append(start(f"round {i + 1} of {rounds}", "kernels"))
     middle = [statistics.median(run["seconds"] for run in runs) for runs in (yardsticks, starts)]
     return {
         "device": device,
@@ -146,6 +148,12 @@ def measure(directory: Path, device: str, rounds: int, folder: Path) -> dict:
         "cold": cold,
         "starts": starts,
     }
+
+
+def told(what: str, run: dict) -> dict:
+    """The run, once it is said how long it took: there are minutes of them."""
+    print(f"{what}, {run['seconds']:.1f} s", file=sys.stderr, flush=True)
+    return run
 
 
 def child(code: str, *arguments: str, **environment: str) -> dict:

@@ -1,6 +1,7 @@
 """Find the fastest tiles of the matmul kernels on this GPU and write them to its table in lite_llm/ops/triton/tuned/.
 
     python tools/tune.py [--shape llama-3.2-1b ...] [--tokens 1 8 ...] [--minutes 10] [--out FILE]
+    python tools/tune.py --quick --tokens 128 256 512 1024 2048 4096 --parts qkv gate_up --context 1    for prompts
 
 A kernel is never timed by itself: it runs in its place in a chain of layers, attention included, replayed as a CUDA
 graph, because what it costs depends on how it overlaps with its neighbours. One tile is varied at a time, beginning
@@ -29,19 +30,29 @@ from lite_llm.config import HFConfig
 from lite_llm.engine.roofline import copy_rate
 from lite_llm.errors import LiteLLMError
 from lite_llm.models import registry, shapes
-from lite_llm.ops.triton import gemv, skinny, tuning
+from lite_llm.ops.triton import gemv, skinny, tuning, wide
 from lite_llm.ops.triton.decode import capability
 from lite_llm.ops.triton.tuning import CUBLAS, Choice, Row
 from tools.chain import COLD, PARTS, Chain, Weights
 
 SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b")
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
+MOST_DECODING = 256  # more tokens are a prompt's; what decoding requests' attention would cost there says nothing
+WIDE = 32  # for as many tokens or fewer the kernel for many is not tried
+WIDE_STARTS = (  # tokens, rows of the weight, columns, warps, stages: what has won somewhere
+    (64, 64, 128, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 4), (128, 64, 64, 4, 4), (128, 128, 64, 4, 3),
+    (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 4),
+)  # fmt: skip
 REPLAYS, DROP, KEEP = 6, 1.02, 0.9985  # of a sample; slower is not looked at again; what counts as faster
 
 GRIDS = {  # tried in all combinations that fit, the nearest to the present tile first
     "gemv": {"rows": (1, 2, 4, 8, 16), "columns": (512, 1024, 2048, 4096), "warps": (1, 2, 4, 8)},
     "skinny": {"rows": (16, 32, 64, 128), "columns": (64, 128, 256), "warps": (2, 4, 8), "splits": (1, 2, 4, 8)},
-}
+    "wide": {
+        "tokens": (64, 128, 256), "rows": (32, 64, 128, 256), "columns": (64, 128), "warps": (4, 8),
+        "splits": (1, 2, 4, 8),
+    },
+}  # fmt: skip
 FIELDS = {  # tried one after the other, once the grid has a winner
     "gemv": {
         "ahead": (0, 1 << 21, 1 << 22, 1 << 23, 1 << 24, 3 << 23), "evict_first": (False, True), "release": (0, 1, 2),
@@ -50,6 +61,10 @@ FIELDS = {  # tried one after the other, once the grid has a winner
     "skinny": {
         "stages": (2, 3, 4, 5, 6), "fuse_norm": (False, True), "own": (0, 128, 256, 512, 1024, 2048),
         "tokens": (8, 16, 32, 64, 128), "ahead": (0, 1 << 20, 1 << 22, 1 << 23, 1 << 24), "release": (0, 1, 2),
+    },
+    "wide": {
+        "stages": (2, 3, 4, 5, 6), "tma": (False, True), "own": (0, 64, 128, 256, 512, 1024),
+        "ahead": (0, 1 << 22, 1 << 23, 1 << 24, 3 << 23), "release": (0, 1, 2),
     },
 }  # fmt: skip
 
@@ -86,13 +101,15 @@ def tune(args: argparse.Namespace) -> None:
             jobs -= 1
             chain, name = Chain(weights, tokens, args.context), f"{shape}, {tokens} tokens"
             choices = {part: present(weights, part, tokens) for part in PARTS}
+            if tokens > MOST_DECODING:
+                choices["attention"] = Choice("none", None)
             timer = Timer(chain, choices, args.workers)
             print(f"{name}: {timer.summary(choices, copy)}", flush=True)
             parts = [part for part in PARTS if part in args.parts and tokens >= weights.least(part)]
             parts *= args.rounds
             for left, part in zip(range(len(parts), 0, -1), parts):
                 until = time.monotonic() + (stop - time.monotonic()) / left
-                found = search(timer, part, choices, hints.get(part), until)
+                found = search(timer, part, choices, hints.get(part), until, args.quick)
                 if found != choices[part]:
                     print(f"{name}, {part}: {timer.told(part, choices, found)}", flush=True)
                 hints[part] = choices[part] = found
@@ -101,11 +118,14 @@ def tune(args: argparse.Namespace) -> None:
             print(f"{name}: {timer.summary(choices, copy)}", flush=True)
 
 
-def search(timer: "Timer", part: str, choices: dict[str, Choice], hint: Choice | None, until: float) -> Choice:
+def search(
+    timer: "Timer", part: str, choices: dict[str, Choice], hint: Choice | None, until: float, quick: bool = False
+) -> Choice:
     """The best choice for one part, the others being what they are, that is found until then."""
     tried, chain = {choices[part]}, timer.chain
     fields = [functools.partial(field, i) for i in range(max(map(len, FIELDS.values())))]
     stages = [(2, others), (8, grid), *((1, vary) for vary in fields), (2, neighbours)]  # shares of the time
+    stages = stages[:1] if quick else stages
     while True:  # again from a better start, for as long as that gains something
         start = choices[part]
         for i, (share, candidates) in enumerate(stages):
@@ -123,21 +143,33 @@ def others(chain: Chain, part: str, best: Choice, hint: Choice | None) -> Iterat
     """Every kernel with its default tile, and what won for another number of tokens."""
     key = chain.weights.key(part)
     if hint is not None and hint.kernel == "skinny":
-        hint = Choice("skinny", hint.tile._replace(tokens=max(hint.tile.tokens, _wide(chain.tokens))))
+        hint = Choice("skinny", hint.tile._replace(tokens=max(hint.tile.tokens, _enough(chain.tokens))))
+    if hint is not None and hint.kernel == "wide":
+        hint = Choice(
+            "wide", hint.tile._replace(splits=min(hint.tile.splits, max(wide.MOST_PARTIAL // chain.tokens, 1)))
+        )
     if hint is not None:
         yield hint
     yield CUBLAS
     yield Choice("gemv", gemv.default(*key, chain.tokens))
     tile = skinny.default(*key, chain.tokens, capability(chain.weights.device))
     yield Choice("skinny", tile)
-    yield Choice("skinny", tile._replace(tokens=_wide(chain.tokens)))
+    yield Choice("skinny", tile._replace(tokens=_enough(chain.tokens)))
+    if chain.tokens > WIDE:
+        tile = wide.default(*key, chain.tokens, capability(chain.weights.device))
+        yield Choice("wide", tile)
+        for tokens, rows, columns, warps, stages in WIDE_STARTS:
+            rows //= 2 if key[0] == "gated" else 1
+            yield Choice("wide", wide.Tile(tokens, rows, columns, warps, stages, tile.splits, tile.tma, own=tile.own))
 
 
 def grid(chain: Chain, part: str, best: Choice, hint: Choice | None) -> list[Choice]:
     """All combinations of the fields that matter most, the nearest first."""
-    found, key = around(best), chain.weights.key(part)
+    found, key, gpu = around(best), chain.weights.key(part), capability(chain.weights.device)
     if chain.tokens >= gemv.MOST_TOKENS and best.kernel != "skinny":  # its default alone says little
-        found += around(Choice("skinny", skinny.default(*key, chain.tokens, capability(chain.weights.device))))
+        found += around(Choice("skinny", skinny.default(*key, chain.tokens, gpu)))
+    if chain.tokens > WIDE and best.kernel != "wide":
+        found += around(Choice("wide", wide.default(*key, chain.tokens, gpu)))
     return found
 
 
@@ -289,7 +321,7 @@ def shown(choice: Choice) -> str:
     return f"{choice.kernel}({', '.join(f'{name}={value}' for name, value in values)})"
 
 
-def _wide(tokens: int) -> int:
+def _enough(tokens: int) -> int:
     """The smallest tile that takes so many tokens."""
     return max(8, 1 << (tokens - 1).bit_length())
 
@@ -301,6 +333,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--context", type=int, default=512, help="keys that each request sees (at most 1024)")
     parser.add_argument("--minutes", type=float, default=15.0, help="for everything together")
+    parser.add_argument("--quick", action="store_true", help="only tiles that have won somewhere; seconds a matmul")
     parser.add_argument("--rounds", type=int, default=1, help="times that each matmul is tuned: the others move too")
     parser.add_argument("--cold", type=float, default=COLD / (1 << 30), help="GiB of weights: more layers in the chain")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), help="threads that compile")

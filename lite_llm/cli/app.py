@@ -21,6 +21,7 @@ from lite_llm.errors import EnvironmentProblem, LiteLLMError, SourceProblem, Usa
 
 if TYPE_CHECKING:
     from lite_llm.llm import LLM
+    from lite_llm.text.decoders import Decoders
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
 _HINTS = "/help lists the commands   Ctrl-C stops an answer   Ctrl-D leaves"
@@ -58,41 +59,47 @@ def chat(options: argparse.Namespace, demo: Demo = TEXT) -> int:
         if text is None and options.json:
             raise UsageError("--json gives one answer", "pass --prompt TEXT or pipe a text in")
         _prepare(options, screen)
-        history = transcript.load(Path(options.resume)) if options.resume else []
-        from lite_llm.text.fetch import Fetcher
+        from lite_llm.text.decoders import Decoders
 
-        if options.model is None and not demo.folder.is_dir():
-            raise UsageError(
-                f"{demo.name} is not trained yet",
-                f"tools/train_demo.py --{demo.folder.name} makes it, in minutes on a GPU; or name a model with --model",
-            )
-        sources, fetcher = options.image, Fetcher()
-        if options.model is None and demo.picture and not sources and not history:
-            sources = [str(demo.folder / demo.picture)]
-        seen = pictures.open_all(sources, fetcher, screen) if sources else []
-        with _open(options, screen, demo, fetcher=fetcher) as llm:
-            session = Session(llm, options.params)
-            if options.resume:
-                session.resume(Path(options.resume), history)
-                screen.note(f"{len(history)} messages from {options.resume}; every turn is saved there")
-            if options.system is not None:
-                session.system = options.system
-            screen.note(report.sampling(options.params, llm.generation_config))
-            for name, picture in seen:
-                pictures.show(session, screen, name, picture)
-            if text is not None:
-                return oneshot.run(session, screen, text, options.json)
-            # prompt_toolkit takes a fifth of a second, and only a dialogue needs it
-            from lite_llm.cli.chat import Chat
-            from lite_llm.cli.line import LineInput, plain_line
-
-            if options.model is None:
-                screen.note(str(demo))
-            screen.note(_HINTS)
-            ask = plain_line if os.environ.get("TERM") == "dumb" else LineInput()
-            return Chat(session, screen, ask, _debug(options)).run()
+        with Decoders() as decoders:
+            return _talk(options, screen, demo, text, decoders)
 
     return _guarded(work, screen, options)
+
+
+def _talk(options: argparse.Namespace, screen: Screen, demo: Demo, text: str | None, decoders: "Decoders") -> int:
+    """Open all that `options` name, and answer `text`, or what is typed if it is None."""
+    from lite_llm.text.fetch import Fetcher
+    from lite_llm.text.images import open_picture  # Pillow
+
+    fetcher = Fetcher()
+    open_one = partial(open_picture, fetcher=fetcher, decode=decoders.decode)
+    history = transcript.load(Path(options.resume), open_one) if options.resume else []
+    sources = options.image
+    if options.model is None and demo.picture and not sources and not history:
+        sources = [str(demo.folder / demo.picture)]
+    seen = pictures.open_all(sources, open_one, screen) if sources else []
+    with _open(options, screen, demo, fetcher=fetcher, decode=decoders.decode) as llm:
+        session = Session(llm, options.params)
+        if options.resume:
+            session.resume(Path(options.resume), history)
+            screen.note(f"{len(history)} messages from {options.resume}; every turn is saved there")
+        if options.system is not None:
+            session.system = options.system
+        screen.note(report.sampling(options.params, llm.generation_config))
+        for name, picture in seen:
+            pictures.show(session, screen, name, picture)
+        if text is not None:
+            return oneshot.run(session, screen, text, options.json)
+        # prompt_toolkit takes a fifth of a second, and only a dialogue needs it
+        from lite_llm.cli.chat import Chat
+        from lite_llm.cli.line import LineInput, plain_line
+
+        if options.model is None:
+            screen.note(str(demo))
+        screen.note(_HINTS)
+        ask = plain_line if os.environ.get("TERM") == "dumb" else LineInput()
+        return Chat(session, screen, ask, _debug(options)).run()
 
 
 def plan(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import heapq
+import itertools
 import math
 import signal
 import sys
@@ -19,18 +20,21 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.style import Style
 
-from lite_llm.outputs import InFlight, Output, Progress
+from lite_llm.outputs import InFlight, Output, Progress, SlotMap
 from lite_llm.text.escape import visible
 
 FRAME = 0.1  # seconds between two frames, at least
 SHARE = 0.01  # of the time, for drawing
 WINDOW = 2.0  # seconds over which tokens per second are counted
-_TITLED, _WIDE = 60, 112  # columns from which on there are titles, and everything
+_TITLED, _WIDE = 60, 112  # columns from which on there are titles and the map, and everything
+_TALL = 10  # lines from which on there is a map
 _BAR = 40  # columns of a bar, at most
 _TOP = 40  # lines of /top, at most
 _GAP = "  "
 _STYLES = {
     "head": Style(bold=True),
+    "used": Style(color="cyan"),
+    "cached": Style(color="yellow"),
     "dim": Style(dim=True),
     "waiting": Style(dim=True),
     "prompt": Style(color="yellow"),
@@ -147,6 +151,8 @@ def frame(now: InFlight, width: int, height: int, rate: float | None = None, blo
     If there are more answers than lines, the newest that run come first, then the next in line, then what has ended.
     """
     lines: list[Line] = [[(line, "head")] for line in _packed(_head(now, rate), width)]
+    if width >= _TITLED and height >= _TALL and now.slots_used + now.slots_cached:
+        lines.append(_map(now.map, now.slots, width, blocks))
     titled = width >= _TITLED and bool(now.requests)
     room = height - len(lines) - titled
     shown = _chosen(now.requests, room)
@@ -166,6 +172,20 @@ def _head(now: InFlight, rate: float | None) -> list[str]:
     if now.slots_cached:
         words.append(f"{now.slots_cached:,} cached")
     return words if rate is None else [*words, f"{rate:,.0f} tok/s"]
+
+
+def _map(cells: SlotMap, slots: int, width: int, blocks: bool) -> Line:
+    """The pool in one line: how full each part is, in the colour of what most of it is for."""
+    levels, drawn = " ▁▂▃▄▅▆▇█" if blocks else " .:-=+*#@", []
+    columns = min(width - 2, len(cells.used))
+    edges = [len(cells.used) * i // columns for i in range(columns + 1)]
+    for first, end in itertools.pairwise(edges):
+        used, cached = sum(cells.used[first:end]), sum(cells.cached[first:end])
+        room = min(end * cells.size, slots) - first * cells.size
+        level = math.ceil((used + cached) / room * (len(levels) - 1))  # whatever there is shows
+        drawn.append((levels[level], "used" if used >= cached else "cached"))
+    runs = itertools.groupby(drawn, key=lambda column: column[1])
+    return [("[", "dim"), *(("".join(level for level, _ in run), style) for style, run in runs), ("]", "dim")]
 
 
 def _packed(words: Sequence[str], width: int) -> list[str]:
@@ -230,7 +250,7 @@ def _table(shown: Sequence[Progress], width: int, titled: bool, blocks: bool) ->
         heads = numbers([column.title for column in columns])
         yield [(f"{'request':<{name_size}} {'state':<{_STATE}}  {'':<{bar}}{heads}", "dim")]
     for p, name, texts in zip(shown, names, cells, strict=True):
-        style = "bad" if p.finish_reason in ("abort", "error") else p.state
+        style = "bad" if p.finish_reason in ("abort", "error", "timeout") else p.state
         yield [
             (_fitted(name, name_size, blocks) + " ", ""),
             (f"{p.state:<{_STATE}}  ", style),

@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ from lite_llm.cli.screen import LoadingBar, Screen, height, width
 from lite_llm.cli.session import Session
 
 if TYPE_CHECKING:
-    from lite_llm.text.fetch import Fetcher
     from lite_llm.text.images import Picture
 
 _WIDEST, _HIGHEST = 48, 16  # characters of a preview
@@ -19,11 +17,11 @@ _RGB = re.compile(r"\x1b\[([34]8);2;(\d+);(\d+);(\d+)m")
 _LEVELS = (0, 95, 135, 175, 215, 255)  # of the colour cube that terminals of 256 colours have
 
 
-def open_all(sources: Sequence[str], fetcher: "Fetcher", screen: Screen) -> list[tuple[str, "Picture"]]:
+def open_all(
+    sources: Sequence[str], open_one: Callable[[str], "Picture"], screen: Screen
+) -> list[tuple[str, "Picture"]]:
     """Pictures by their names, in order. Before a model is loaded, so that a slip costs no time."""
-    from lite_llm.text.images import open_picture  # Pillow
-
-    return [(name_of(source), _watched(source, screen, partial(open_picture, fetcher=fetcher))) for source in sources]
+    return [(name_of(source), _watched(source, screen, open_one)) for source in sources]
 
 
 def add(session: Session, screen: Screen, source: str) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lite_llm.llm import LLM
 
 KEY = "LITE_LLM_API_KEY"
-_WISHES = ("host", "port", "api_key", "name", "max_queue", "max_body", "drain")
+_WISHES = ("host", "port", "api_key", "name", "max_queue", "max_body", "timeout", "drain")
 
 
 def parser(prog: str) -> args.Parser:
@@ -33,11 +33,14 @@ def parser(prog: str) -> args.Parser:
         help="answers that run together; default: %(default)s",
     )  # fmt: skip
     group.add_argument(
-        "--max-slowdown", metavar="X", type=_factor, default=2.0,
+        "--max-slowdown", metavar="X", type=_number, default=2.0,
         help="a step that reads prompts takes at most X times one that does not, on a GPU; default: %(default)g",
     )  # fmt: skip
     group.add_argument("--max-queue", metavar="N", type=_whole, help="answers that may wait; default: 512")
     group.add_argument("--max-body", metavar="BYTES", type=_whole, help="of a request; default: 8 MiB")
+    group.add_argument(
+        "--timeout", metavar="S", type=_number, help="seconds that an answer may take at most; default: any time"
+    )
     group.add_argument(
         "--drain", metavar="S", type=_whole, help="seconds for running answers to finish after SIGTERM; default: 30"
     )
@@ -69,17 +72,18 @@ def run(options: argparse.Namespace, screen: Screen, load: Callable[..., Abstrac
     """`load` opens the model, once the address is taken."""
     try:
         from lite_llm.server.run import ServeOptions, fetcher_from, listen, serve
+        from lite_llm.text.decoders import Decoders
     except ImportError as error:
         if (error.name or "").startswith("lite_llm"):
             raise
         raise EnvironmentProblem(f"{error}", "pip install -r requirements-serve.txt") from None
     given = {name: getattr(options, name) for name in _WISHES if getattr(options, name) is not None}
     wishes, fetcher = ServeOptions(**given), fetcher_from(options.fetch_from)
-    with listen(wishes) as listener, load(fetcher=fetcher) as llm:
+    with listen(wishes) as listener, Decoders() as decoders, load(fetcher=fetcher, decode=decoders.decode) as llm:
         return serve(llm, listener, wishes, screen.note)
 
 
-def _factor(text: str) -> float:
+def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:

@@ -98,7 +98,7 @@ class Session:
         return question
 
     def load(self, path: Path) -> None:
-        self._take(transcript.load(path))
+        self._take(transcript.load(path, self.llm.open))
         self.file, self.autosaving = path, False
 
     def resume(self, path: Path, messages: list[Message]) -> None:

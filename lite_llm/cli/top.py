@@ -8,14 +8,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from lite_llm.cli import args
 from lite_llm.cli.flight import FRAME, FlightView, top
 from lite_llm.cli.screen import Screen, width
 from lite_llm.cli.serve import KEY
 from lite_llm.errors import SourceProblem, UsageError
-from lite_llm.outputs import InFlight, Progress
+from lite_llm.outputs import InFlight
 
 _DEADLINE = 5.0  # seconds for a server to answer
 _MOST_BYTES = 64 << 20
@@ -47,7 +46,7 @@ class Remote:
             request = urllib.request.Request(f"{self.url}/v1/requests", headers=self._headers)
             with urllib.request.urlopen(request, timeout=_DEADLINE) as response:
                 found = json.loads(response.read(_MOST_BYTES))
-            return _in_flight(found)
+            return InFlight.read(found)
         except urllib.error.HTTPError as error:
             hint = f"pass --api-key, or set {KEY}" if error.code == 401 else "look at the server"
             raise SourceProblem(f"{self.url} answers {error.code}", hint) from None
@@ -56,12 +55,6 @@ class Remote:
             raise SourceProblem(f"{self.url} cannot be asked: {reason}", "is the server running there?") from None
         except (ValueError, KeyError, TypeError, RecursionError):
             raise SourceProblem(f"{self.url} is no lite_llm server", "pass its address, without a path") from None
-
-
-def _in_flight(found: dict[str, Any]) -> InFlight:
-    requests = tuple(Progress(**one) for one in found["requests"])
-    names = ("running", "waiting", "slots_used", "slots_cached", "slots", "tokens")
-    return InFlight(requests, *(int(found[name]) for name in names))
 
 
 def run(options: argparse.Namespace, screen: Screen, sleep: Callable[[float], None] = time.sleep) -> int:

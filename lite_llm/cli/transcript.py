@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 from lite_llm.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lite_llm.text.images import Picture
+
+    Open = Callable[[str], Picture]
 
 Message = dict[str, Any]
 """`content` is text, or a list of parts: {"type": "image", "image": Picture} and {"type": "text", "text": ...}."""
@@ -37,8 +41,11 @@ def with_pictures(text: str, pictures: list["Picture"]) -> Message:
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
-def load(path: Path) -> list[Message]:
-    """The messages of a file, their pictures opened. UsageError names the line that is none."""
+def load(path: Path, open_url: "Open | None" = None) -> list[Message]:
+    """The messages of a file, their pictures opened. UsageError names the line that is none.
+
+    `open_url` opens data URLs; None: `open_picture`.
+    """
     try:
         if path.exists() and not path.is_file():  # a pipe would block, a device never ends
             raise UsageError(f"{path} is not a file")
@@ -49,7 +56,9 @@ def load(path: Path) -> list[Message]:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
-    messages = [_message(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    messages = [
+        _message(line, f"{path}, line {n}", open_url) for n, line in enumerate(text.split("\n"), 1) if line.strip()
+    ]
     for index, message in enumerate(messages):
         if message["role"] == "system" and index:
             raise UsageError(f"{path}, message {index + 1}: a system message must be the first")
@@ -77,7 +86,7 @@ def save(path: Path, messages: list[Message]) -> None:
             os.unlink(temporary)
 
 
-def _message(line: str, where: str) -> Message:
+def _message(line: str, where: str, open_url: "Open | None") -> Message:
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
@@ -90,11 +99,11 @@ def _message(line: str, where: str) -> Message:
         raise UsageError(f"{where} is not a message with a role ({', '.join(_ROLES)}) and a text as content")
     content = message["content"]
     if isinstance(content, list):
-        content = [_part(part, where) for part in content]
+        content = [_part(part, where, open_url) for part in content]
     return {"role": message["role"], "content": content}
 
 
-def _part(part: object, where: str) -> dict[str, Any]:
+def _part(part: object, where: str, open_url: "Open | None") -> dict[str, Any]:
     """No URL is opened, and no other file: the one they are named in may be a stranger's."""
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
@@ -105,7 +114,7 @@ def _part(part: object, where: str) -> dict[str, Any]:
     from lite_llm.text.images import open_picture  # Pillow
 
     try:
-        return {"type": "image", "image": open_picture(url)}
+        return {"type": "image", "image": (open_url or open_picture)(url)}
     except UsageError as error:
         raise UsageError(f"{where}: {error.message}", error.hint) from None
 

@@ -6,6 +6,7 @@ they land, up to `ahead` steps later; what a request said beyond its end is then
 
 import contextlib
 import functools
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -71,11 +72,12 @@ class Engine:
         self.stream = _stream(device) if device.type == "cuda" else None
         if self.stream:
             torch.cuda.synchronize(device)
-        prefix = PrefixCache() if prefix_cache else NoPrefix()
+        slots = SlotPool(kv.k.shape[1])
+        prefix = PrefixCache(slots.mark) if prefix_cache else NoPrefix()
         fixed = runner.shapes(max_requests, step_tokens) if graphs else []
         prompts = max(shape.prompts for shape in fixed) if graphs else max_requests
         self.max_slowdown = max_slowdown
-        self.scheduler = Scheduler(SlotPool(kv.k.shape[1]), max_requests, step_tokens, prefix, prompts, self._beside)
+        self.scheduler = Scheduler(slots, max_requests, step_tokens, prefix, prompts, self._beside)
         most = Shape(max_requests, prompts, step_tokens)
         with self._on_stream():
             self.state = DeviceState(max_requests, cfg.max_len, cfg.vocab, ahead + 2, device)
@@ -134,10 +136,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Launch the next step, if anybody can advance, and land those that are due.
+        """End who is past its deadline, launch the next step, if anybody can advance, and land those that are due.
 
         Returns the requests that got a token or ended.
         """
+        news = self.scheduler.expire(time.monotonic())
         plan = self.scheduler.plan()
         if plan:
             try:
@@ -154,7 +157,6 @@ class Engine:
             due = 0  # no step could be planned meanwhile, or only one for a part of them
         else:
             due = self.ahead
-        news = []
         while self.flights and (len(self.flights) > due or self.flights[0].is_here):
             flight = self.flights.popleft()
             try:

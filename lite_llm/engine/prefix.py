@@ -7,6 +7,7 @@ first, token by token.
 
 import heapq
 import itertools
+from collections.abc import Callable
 
 
 class Node:
@@ -22,7 +23,9 @@ class Node:
 class PrefixCache:
     """Owns the slots it is given by `insert` until `evict` gives them back."""
 
-    def __init__(self):
+    def __init__(self, mark: Callable[[list[int], bool], None] = lambda slots, evictable: None):
+        """`mark` is told of slots that can be evicted from now on, and of those that cannot any more."""
+        self._mark = mark
         self.root = Node([], [], None)
         self.size = 0  # slots that the tree owns
         self.protected = 0  # of these, in locked nodes
@@ -51,6 +54,7 @@ class PrefixCache:
             leaf = Node(ids[done:], slots[done:], node)
             node.children[ids[done]] = leaf
             self.size += len(leaf.slots)
+            self._mark(leaf.slots, True)
             node = leaf
         self._touch(node)
         return [slot for slot, other in zip(slots[:done], known, strict=True) if slot != other]
@@ -121,6 +125,7 @@ class PrefixCache:
         while node.parent is not None:
             if node.locks == (0 if change > 0 else 1):
                 self.protected += change * len(node.slots)
+                self._mark(node.slots, change < 0)
             node.locks += change
             assert node.locks >= 0
             node = node.parent

@@ -165,6 +165,7 @@ class Request:
     max_len: int = 1 << 62  # prompt and answer together
     pictures: tuple[tuple[int, Tiles], ...] = ()  # and the first of each one's placeholders in `ids`; in order
     salt: str = ""  # requests of another salt share no cached prefix with this one
+    deadline: float | None = None  # moment of `time.monotonic` at which it ends, wherever it is
     constraint: Constraint | None = None  # of the answer; its own, for it follows `ids`
     prompt_len: int = -1
     cached: int = 0  # tokens whose K and V are in the pool, or will be by the steps under way
@@ -175,12 +176,13 @@ class Request:
     row: int | None = None  # of the device's tables, while running
     written: int = 0  # of the slots, the first ones that the device's table knows; 0: it knows nothing of the request
     held: int = -1  # position of the token that the device holds, ready to be computed; -1: none
-    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
+    finish_reason: str | None = None  # "stop", "length", "timeout", "abort" or "error"
     logprobs: list["TokenLogprobs"] = field(default_factory=list)
     prompt_logprobs: list["TokenLogprobs"] = field(default_factory=list)  # from the second token on, as they come
     prefix_hit: int = 0  # prompt tokens whose K and V were already there, at first admission
     preemptions: int = 0
     arrived: float = field(default_factory=time.monotonic)
+    admitted: float | None = None  # for the first time
     first_token: float | None = None
     ended: float | None = None
 

@@ -3,7 +3,9 @@
 Every slot of the pool is at any time the pad slot, free, owned by the prefix cache, or held by one running request.
 """
 
+import heapq
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -50,6 +52,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission, oldest first
         self.made = 0  # tokens of all answers since the start
+        self._deadlines: list[tuple[float, int, Request]] = []  # heap; some of the requests have ended
+        self._order = itertools.count()
 
     @property
     def capacity(self) -> int:
@@ -70,6 +74,21 @@ class Scheduler:
                 "shorten the prompt, or raise the context if the model and the memory allow",
             )
         self.waiting.append(request)
+        if request.deadline is not None:
+            if len(self._deadlines) > 64 + 4 * (len(self.waiting) + len(self.running)):
+                self._deadlines = [entry for entry in self._deadlines if entry[2].finish_reason is None]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (request.deadline, next(self._order), request))
+
+    def expire(self, now: float) -> list[Request]:
+        """End all requests whose deadline has come, wherever they are; returns them."""
+        ended = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = heapq.heappop(self._deadlines)[2]
+            if request.finish_reason is None:
+                self.cancel(request, "timeout")
+                ended.append(request)
+        return ended
 
     def plan(self) -> Plan:
         plan: Plan = []
@@ -133,6 +152,9 @@ class Scheduler:
         assert sorted(cached + held + free) == list(range(1, self.slots.total)), "a slot is lost or owned twice"
         assert len(cached) == self.prefix.size
         assert sum(len(node.slots) for node in self.prefix.nodes() if node.locks) == self.prefix.protected
+        kept = [slot for node in self.prefix.nodes() if not node.locks for slot in node.slots]
+        marked = [slot for slot in range(self.slots.total) if self.slots.is_kept(slot)]
+        assert marked == sorted(kept), "a slot is wrongly marked as kept, or wrongly not"
         rows = [request.row for request in self.running] + self.free_rows
         assert sorted(rows) == list(range(self.max_requests)), "a table row is lost or given twice"
         assert all(len(request.slots) >= request.cached for request in self.running)
@@ -164,7 +186,7 @@ class Scheduler:
             return False
         request.slots, request.shared, request.cached, request.node = list(slots), len(slots), len(slots), node
         if not request.preemptions:
-            request.prefix_hit = len(slots)
+            request.prefix_hit, request.admitted = len(slots), time.monotonic()
         request.row, request.written = self.free_rows.pop(), 0
         sent = request.pending > 1 or request.parts(request.cached, len(request.ids))  # the device holds no picture
         request.held = -1 if sent else request.cached

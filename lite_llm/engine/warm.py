@@ -1,15 +1,17 @@
 """Fills the cache of compiled kernels on disk for a model, without its weights: what `lite-llm warmup` does."""
 
+import contextlib
 import gc
 import time
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from lite_llm.engine.build import Blueprint
 from lite_llm.ops import warm
-from lite_llm.ops.warm import Say
+from lite_llm.ops.warm import Counter, Say
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,18 @@ def warm_up(blueprint: Blueprint, usable_vocab: int | None, say: Say) -> Warmth:
         torch.cuda.empty_cache()
     spent = time.perf_counter() - start
     return Warmth(most, len(counter.compiled), len(counter.loaded), spent, warm.cache_directory())
+
+
+def counting(device: torch.device) -> AbstractContextManager[Counter]:
+    """Counts the kernels that are compiled, or loaded from the cache on disk, inside; on a CPU there are none."""
+    return warm.counting() if device.type == "cuda" else contextlib.nullcontext(_NoKernels())
+
+
+@dataclass
+class _NoKernels:
+    compiled: list[str] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
+    count = 0
 
 
 def _zero(model: nn.Module) -> None:

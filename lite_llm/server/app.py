@@ -26,6 +26,7 @@ from lite_llm.server.bridge import Bridge
 from lite_llm.server.metrics import CONTENT_TYPE, Metrics
 from lite_llm.server.refusals import Refusal, refusal_of
 from lite_llm.server.reply import ClientGone, Reply, Task, off_loop, read_body
+from lite_llm.text.fetch import Gone
 from lite_llm.text.images import take_pictures
 
 _OPEN = frozenset({"/", "/health", "/health/ready"})  # paths that need no key
@@ -36,10 +37,13 @@ _COMPLETION_TOKENS = 16  # OpenAI's default, for completions only
 class Server:
     """What the handlers share. `name`: of the model, for clients."""
 
-    def __init__(self, llm: LLM, bridge: Bridge, name: str, started: int, most_bytes: int):
-        """`started`: seconds since 1970."""
-        self.bridge, self.name, self.started, self.most_bytes = bridge, name, started, most_bytes
-        self.metrics = Metrics()
+    def __init__(
+        self, llm: LLM, bridge: Bridge, metrics: Metrics, name: str, started: int, most_bytes: int,
+        most_seconds: float | None,
+    ):  # fmt: skip
+        """`started`: seconds since 1970. `most_bytes` of a body, `most_seconds` for an answer; None: any time."""
+        self.bridge, self.metrics, self.name = bridge, metrics, name
+        self.started, self.most_bytes, self._most_seconds = started, most_bytes, most_seconds
         self.workers = ThreadPoolExecutor(_WORKERS, "lite_llm-reader")
         # Of the LLM only what never changes: its steps belong to the bridge.
         self._prompt, self._tokenizer, self.context = llm.read, llm.tokenizer, llm.cfg.max_len
@@ -48,7 +52,8 @@ class Server:
         self._toolbox = tools.Toolbox(llm.tokenizer)
         self._constraints = constraints.Constraints(llm)
 
-    def read_chat(self, body: bytes) -> Task:
+    def read_chat(self, body: bytes, gone: Gone) -> Task:
+        """`gone`: whether the client has left."""
         request = schema.read(schema.ChatRequest, body)
         ignored = schema.receipt(request)
         self._check_model(request.model)
@@ -56,11 +61,12 @@ class Server:
         offered = self._toolbox.offered(request.tools, request.tool_choice)
         ignored += tools.ignored_of(request.tools) + constraints.ignored_of(request)
         params = dataclasses.replace(params, grammar=self._constraints.of_chat(request, offered))
-        prompt = self._conversation(request.messages, offered)
+        prompt = self._conversation(request.messages, offered, gone)
         form = ChatForm(self._vocabulary, self._toolbox.reader(offered, only_one=request.parallel_tool_calls is False))
-        return Task([prompt], params, stream, form, self.name, ignored, request.cache_salt or "")
+        patience = schema.patience(request, self._most_seconds)
+        return Task([prompt], params, stream, form, self.name, ignored, request.cache_salt or "", patience)
 
-    def read_completion(self, body: bytes) -> Task:
+    def read_completion(self, body: bytes, gone: Gone) -> Task:
         request = schema.read(schema.CompletionRequest, body)
         ignored = schema.receipt(request)
         self._check_model(request.model)
@@ -75,12 +81,13 @@ class Server:
         given = schema.prompts_of(request.prompt)
         if len(given) * params.n > self.bridge.seats:  # said before work is put into each
             raise Refusal(400, f"{len(given)} prompts; at most {self.bridge.seats} answers are taken", "prompt")
-        prompts = [self._prompt(one) for one in given]
+        prompts = [self._prompt(one, gone=gone) for one in given]
         echo = [""] * len(given)
         if request.echo:
             echo = [one if isinstance(one, str) else self._decode("prompt", one) for one in given]
         form = TextForm(self._vocabulary, [text for text in echo for _ in range(params.n)])
-        return Task(prompts, params, stream, form, self.name, ignored, request.cache_salt or "")
+        patience = schema.patience(request, self._most_seconds)
+        return Task(prompts, params, stream, form, self.name, ignored, request.cache_salt or "", patience)
 
     def tokenize(self, body: bytes) -> dict[str, Any]:
         request = schema.read(schema.TokenizeRequest, body)
@@ -98,14 +105,14 @@ class Server:
         self._check_model(request.model)
         return {"prompt": self._decode("tokens", request.tokens)}
 
-    def _conversation(self, messages: Any, offered: list[dict[str, Any]]) -> Encoded:
+    def _conversation(self, messages: Any, offered: list[dict[str, Any]], gone: Gone | None = None) -> Encoded:
         if not isinstance(messages, list) or not messages:
             raise Refusal(400, f"messages = {shown(messages)}; expected a list of messages", "messages")
         if strange := [i for i, message in enumerate(messages) if not isinstance(message, dict)]:
             where = f"messages[{strange[0]}]"
             raise Refusal(400, f"{where} = {shown(messages[strange[0]])}; expected an object", where)
         take_pictures(messages, local=False)  # no client names files of this machine
-        return self._prompt(tools.name_results(messages) if offered else messages, offered)
+        return self._prompt(tools.name_results(messages) if offered else messages, offered, gone)
 
     def _decode(self, name: str, tokens: list[int]) -> str:
         for token in tokens:
@@ -157,7 +164,8 @@ def make_app(server: Server, api_key: str | None) -> ASGIApp:
     @app.get("/v1/requests")
     async def requests() -> dict[str, Any]:
         now = await bridge.in_flight()
-        return vars(now) | {"requests": [vars(one) for one in now.requests], "model": server.name}
+        requests = [vars(one) for one in now.requests]
+        return vars(now) | {"requests": requests, "map": vars(now.map), "model": server.name}
 
     @app.post("/tokenize", openapi_extra=_takes("TokenizeRequest"))
     async def tokenize(request: Request) -> dict[str, Any]:

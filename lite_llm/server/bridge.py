@@ -18,7 +18,7 @@ from lite_llm.errors import EnvironmentProblem
 from lite_llm.llm import LLM
 from lite_llm.outputs import Delta, InFlight
 from lite_llm.server.job import Job
-from lite_llm.server.refusals import Refusal, refusal_of, stopping, unusable_numbers
+from lite_llm.server.refusals import Refusal, refusal_of, stopping, too_late, unusable_numbers
 
 log = logging.getLogger("lite_llm")
 
@@ -172,7 +172,7 @@ class Bridge:
             return self._announce(job)
         for place, (name, prompt) in enumerate(zip(job.names, job.prompts, strict=True)):
             try:
-                self._llm.add_request(prompt, job.params, id=name, salt=job.salt)
+                self._llm.add_request(prompt, job.params, id=name, salt=job.salt, deadline=job.deadline)
             except Exception as error:
                 self._jobs[job.names[0]] = job, 0  # so that there is something to end
                 return self._end(job, refusal_of(error))
@@ -228,6 +228,8 @@ class Bridge:
         """Once for each token of each stream, so in few words. `at`: which choice of the job."""
         if delta.finish_reason == "error":
             return self._end(job, unusable_numbers())
+        if delta.finish_reason == "timeout" and not any(job.told):  # nor will any other: they have one deadline
+            return self._end(job, too_late(job.timeout))
         if job.streamed:
             logprobs = () if job.params.logprobs is None else self._logprobs(delta, job.told[at])
             job.pieces.append((at, delta, logprobs))

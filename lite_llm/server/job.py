@@ -34,6 +34,8 @@ class Job:
     params: SamplingParams
     streamed: bool
     salt: str = ""
+    timeout: float | None = None  # seconds, for the one who is told
+    deadline: float | None = None  # moment of `time.monotonic`
     outputs: list[Output] = field(default_factory=list)  # one for each prompt, once it is over
     failure: Refusal | None = None
     over: bool = False

@@ -5,6 +5,7 @@ import logging
 import re
 
 from lite_llm.errors import ContextExceeded, LiteLLMError, SourceProblem, UsageError
+from lite_llm.text.decoders import DecoderEnded
 from lite_llm.text.escape import visible
 
 log = logging.getLogger("lite_llm")
@@ -25,7 +26,10 @@ class Refusal(Exception):
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
-        return {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
+        headers = {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
+        if self.code == "timeout":
+            headers["x-should-retry"] = "false"  # clients of OpenAI would ask, and wait, twice more
+        return headers
 
     def document(self) -> dict[str, object]:
         """In OpenAI's shape."""
@@ -43,6 +47,8 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, ContextExceeded):
         return Refusal(400, str(error), code=error.code)
     if isinstance(error, UsageError):
+        if isinstance(error, DecoderEnded):  # somebody tries, or a decoder has a bug
+            log.warning("%s", visible(str(error)))
         name = _PARAM.match(error.message)
         rest = error.message[name.end() :] if name else ""
         param = name[0] if name and rest.startswith((" = ", " is ", " has token id", " holds ")) else None
@@ -57,6 +63,11 @@ def refusal_of(error: Exception) -> Refusal:
 
 def unusable_numbers() -> Refusal:
     return Refusal(500, "the step that computed this answer failed, or gave no usable number", code="step_failed")
+
+
+def too_late(seconds: float) -> Refusal:
+    message = f"the answer had not begun after {seconds:g} s, the timeout of this request; its place is free again"
+    return Refusal(503, message, "timeout", "timeout")
 
 
 def stopping() -> Refusal:

@@ -4,6 +4,7 @@ The status and the headers of a stream go out with its first token, so that what
 """
 
 import asyncio
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -21,6 +22,7 @@ from lite_llm.server.job import Job
 from lite_llm.server.metrics import Metrics
 from lite_llm.server.refusals import Refusal, refusal_of
 from lite_llm.server.schema import StreamOptions
+from lite_llm.text.fetch import Gone
 
 _BODY_DEADLINE = 30.0  # seconds for a client to send its request
 _SEND_DEADLINE = 60.0  # seconds in which it must take something of what is sent
@@ -43,6 +45,7 @@ class Task:
     model: str
     ignored: list[str]
     salt: str
+    timeout: float | None  # seconds from the arrival of the body
 
 
 class ClientGone(Exception):
@@ -53,9 +56,14 @@ class Reply(Response):
     """The response to a request for answers; everything happens when it is called."""
 
     def __init__(
-        self, bridge: Bridge, workers: Executor, metrics: Metrics, read: Callable[[bytes], Task], most_bytes: int
+        self,
+        bridge: Bridge,
+        workers: Executor,
+        metrics: Metrics,
+        read: Callable[[bytes, Gone], Task],
+        most_bytes: int,
     ):
-        """`read` runs in one of the `workers`, for it parses, renders and tokenizes."""
+        """`read` runs in one of the `workers`, for it parses, renders and tokenizes, and fetches pictures."""
         self.status_code, self.background = 200, None
         self._bridge, self._workers, self._metrics, self._read = bridge, workers, metrics, read
         self._most_bytes = most_bytes
@@ -78,13 +86,26 @@ class Reply(Response):
 
     async def _answer(self, seat: Seat, scope: Scope, receive: Receive, send: Send) -> Job:
         body = await read_body(scope, receive, self._most_bytes)
-        task = await off_loop(self._workers, self._read, body)
-        seat.widen(len(task.prompts) * task.params.n)
-        job = Job(
-            f"{task.form.prefix}-{uuid.uuid4().hex}", task.prompts, task.params, task.stream is not None, task.salt
-        )
-        document = Document(task.form, job.id, task.model, sum(len(prompt.ids) for prompt in task.prompts))
+        arrived = time.monotonic()
         gone = asyncio.ensure_future(_left(receive))
+        try:
+            task = await off_loop(self._workers, self._read, body, gone.done)
+            return await self._generate(seat, task, arrived, gone, send)
+        except Refusal:
+            if gone.done():  # it was cancelled for that reason
+                raise ClientGone from None
+            raise
+        finally:
+            gone.cancel()
+
+    async def _generate(self, seat: Seat, task: Task, arrived: float, gone: asyncio.Future, send: Send) -> Job:
+        seat.widen(len(task.prompts) * task.params.n)
+        deadline = None if task.timeout is None else arrived + task.timeout
+        job = Job(
+            f"{task.form.prefix}-{uuid.uuid4().hex}", task.prompts, task.params, task.stream is not None, task.salt,
+            task.timeout, deadline,
+        )  # fmt: skip
+        document = Document(task.form, job.id, task.model, sum(len(prompt.ids) for prompt in task.prompts))
         gone.add_done_callback(lambda _: self._bridge.cancel(job))
         self._bridge.submit(job)
         try:
@@ -99,9 +120,11 @@ class Reply(Response):
                 await _send(send, _body(content, more=False))
                 return job
             await _send(send, _start(_STREAM + headers))
+            last: dict[int, float] = {}
             usage, running = bool(task.stream.include_usage), bool(task.stream.continuous_usage_stats)
             try:
                 while pieces:
+                    self._metrics.handed_on(pieces, last)
                     if events := document.events(pieces, usage, running):
                         await _send(send, _body(events))
                     pieces = await job.news()
@@ -112,19 +135,14 @@ class Reply(Response):
                     raise ClientGone from None
                 await _send(send, _body(event(refusal.document()), more=False))
             return job
-        except Refusal:
-            if gone.done():  # it was cancelled for that reason
-                raise ClientGone from None
-            raise
         finally:
-            gone.cancel()
             self._bridge.cancel(job)
 
 
-async def off_loop(workers: Executor, work: Callable[[bytes], Any], body: bytes) -> Any:
+async def off_loop(workers: Executor, work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` makes of a body, in a worker thread. Raises nothing but refusals."""
     try:
-        return await asyncio.get_running_loop().run_in_executor(workers, work, body)
+        return await asyncio.get_running_loop().run_in_executor(workers, work, *arguments)
     except Exception as error:
         raise refusal_of(error) from None
 

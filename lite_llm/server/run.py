@@ -5,6 +5,7 @@ import contextlib
 import errno
 import gc
 import ipaddress
+import math
 import signal
 import socket
 import time
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import uvicorn
 
+from lite_llm.engine.warm import counting
 from lite_llm.errors import EnvironmentProblem, UsageError
 from lite_llm.llm import LLM
 from lite_llm.server.app import Server, make_app
 from lite_llm.server.bridge import Bridge
+from lite_llm.server.metrics import Metrics
 from lite_llm.text.fetch import Fetcher, check_url, resolve
 
 _GOODBYE = 2.0  # seconds for clients to hear that their answers end
@@ -25,7 +28,7 @@ _GOODBYE = 2.0  # seconds for clients to hear that their answers end
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """UsageError for an address that everybody can reach, without a key."""
+    """UsageError for an address that everybody can reach, without a key, and for a timeout that is none."""
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
@@ -33,6 +36,7 @@ class ServeOptions:
     name: str | None = None  # of the model, for clients; None: `name_of` it
     max_queue: int = 512  # answers that may wait
     max_body: int = 8 << 20  # bytes
+    timeout: float | None = None  # seconds that an answer may take at most; None: any time
     drain: float = 30.0  # seconds for running answers to finish when the server is stopped
 
     def __post_init__(self):
@@ -41,6 +45,8 @@ class ServeOptions:
                 f"host = {self.host} can be reached from other machines, and there is no API key",
                 "pass --api-key KEY or set LITE_LLM_API_KEY, or serve on 127.0.0.1",
             )
+        if self.timeout is not None and not 0 < self.timeout < math.inf:
+            raise UsageError(f"timeout = {self.timeout}; expected a number of seconds above 0")
 
 
 def listen(options: ServeOptions) -> socket.socket:
@@ -75,17 +81,21 @@ def serve(llm: LLM, listener: socket.socket, options: ServeOptions, say: Callabl
     Raises what ended the engine, if it ended by itself.
     """
     bridge = Bridge(llm, options.max_queue)
-    server = Server(llm, bridge, options.name or name_of(llm.name), int(time.time()), options.max_body)
-    http = _Quiet(
-        uvicorn.Config(
-            make_app(server, options.api_key), lifespan="off", ws="none", log_config=None, access_log=False,
-            server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(_GOODBYE)),
-        )
-    )  # fmt: skip
-    gc.collect()
-    gc.freeze()  # 200,000 objects of torch and transformers, which a collection looks through for 50 ms
-    with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
-        return runner.run(_serve(server, http, listener, options, say))
+    with counting(llm.engine.kv.k.device) as kernels:
+        name = options.name or name_of(llm.name)
+        server = Server(
+            llm, bridge, Metrics(kernels), name, int(time.time()), options.max_body, options.timeout
+        )  # fmt: skip
+        http = _Quiet(
+            uvicorn.Config(
+                make_app(server, options.api_key), lifespan="off", ws="none", log_config=None, access_log=False,
+                server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(_GOODBYE)),
+            )
+        )  # fmt: skip
+        gc.collect()
+        gc.freeze()  # 200,000 objects of torch and transformers, which a collection looks through for 50 ms
+        with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
+            return runner.run(_serve(server, http, listener, options, say))
 
 
 def name_of(model: str) -> str:

@@ -88,6 +88,7 @@ class Wishes(_Strict):
     stop: Any = Field(None, json_schema_extra=_STOPS)
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    timeout: float | None = None  # seconds
     cache_salt: str | None = None  # prefixes are shared only with requests of the same one
     n: int | None = None
     response_format: Any = Field(None, json_schema_extra=_OBJECT)
@@ -182,6 +183,13 @@ def streaming(wishes: Wishes) -> StreamOptions | None:
     if wishes.stream_options is not None:
         raise Refusal(400, "stream_options is only allowed with stream = true", "stream_options")
     return None
+
+
+def patience(wishes: Wishes, most: float | None) -> float | None:
+    """Seconds that a request may take, at most `most`; None: any time."""
+    if wishes.timeout is not None and wishes.timeout <= 0:
+        raise Refusal(400, f"timeout = {shown(wishes.timeout)}; expected a number of seconds above 0", "timeout")
+    return min((limit for limit in (wishes.timeout, most) if limit is not None), default=None)
 
 
 def chat_sampling(request: ChatRequest) -> SamplingParams:

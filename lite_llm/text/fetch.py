@@ -25,6 +25,7 @@ _MOST_REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?")
 _FORBIDDEN_IN_URL = re.compile(r"[\x00-\x20\x7f-\x9f\\\ud800-\udfff]")
+_GLANCE = 0.25  # seconds between two looks at whether anybody still waits
 _HINT = "download it yourself and name the file"
 
 # Which addresses are public is written down here: `ipaddress` called several of these ranges global until 3.11.10.
@@ -44,6 +45,8 @@ Resolve = Callable[[str, int, float], list[str]]
 """(host, port, seconds) -> numeric addresses, best first; OSError if there are none."""
 Dial = Callable[[str, int, str | None, float], Any]
 """(numeric address, port, name for TLS or None for plain HTTP, seconds) -> a connected socket."""
+Gone = Callable[[], bool]
+"""Whether nobody waits for a picture any more; asked again and again, from the thread that fetches."""
 
 
 def resolve(host: str, port: int, seconds: float) -> list[str]:
@@ -94,15 +97,18 @@ class Fetcher:
     ):
         self._seconds, self._most_bytes, self._resolve, self._dial = seconds, most_bytes, resolve, dial
 
-    def fetch(self, url: str) -> bytes:
-        """The body that `url` answers with, at most three redirects away."""
+    def fetch(self, url: str, gone: Gone | None = None) -> bytes:
+        """The body that `url` answers with, at most three redirects away.
+
+        A SourceProblem soon after `gone` has become true: at once while data are awaited, else before the next hop.
+        """
         end = time.monotonic() + self._seconds
         seen: list[str] = []
         while True:
             seen.append(url)
             parts, host, port = check_url(url)
             try:
-                body, onward = self._get(parts, host, port, end)
+                body, onward = self._get(parts, host, port, end, gone or _never)
             except TimeoutError:
                 raise SourceProblem(
                     f"{host} did not deliver within {self._seconds:g} s", f"try again, or {_HINT}"
@@ -113,7 +119,7 @@ class Fetcher:
                 return body
             url = _next(url, onward, seen)
 
-    def _get(self, url: SplitResult, host: str, port: int, end: float) -> tuple[bytes, str | None]:
+    def _get(self, url: SplitResult, host: str, port: int, end: float, gone: Gone) -> tuple[bytes, str | None]:
         """The body, or where a redirect leads."""
         addresses = self._resolve(host, port, _left(end))
         if not addresses:
@@ -124,7 +130,7 @@ class Fetcher:
         try:
             connection.settimeout(_left(end))
             connection.sendall(_request(url, host, port))
-            response = http.client.HTTPResponse(_Answer(connection, end), method="GET")
+            response = http.client.HTTPResponse(_Answer(connection, end, gone), method="GET")
             response.begin()
             return self._read(response, host)
         finally:
@@ -238,6 +244,10 @@ def _request(url: SplitResult, host: str, port: int) -> bytes:
     return "\r\n".join([*lines, "Accept-Encoding: identity", "Connection: close", "", ""]).encode("ascii")
 
 
+def _never() -> bool:
+    return False
+
+
 def _left(end: float) -> float:
     left = end - time.monotonic()
     if left <= 0:
@@ -265,8 +275,8 @@ def _what(error: Exception) -> str:
 class _Answer(io.RawIOBase):
     """A connection as the file that `http.client` reads: each read waits for what is left of the time and no longer."""
 
-    def __init__(self, connection: Any, end: float):
-        self._connection, self._end = connection, end
+    def __init__(self, connection: Any, end: float, gone: Gone):
+        self._connection, self._end, self._gone = connection, end, gone
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -275,5 +285,11 @@ class _Answer(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._connection.settimeout(_left(self._end))
-        return self._connection.recv_into(buffer)
+        while True:
+            self._connection.settimeout(min(_left(self._end), _GLANCE))
+            if self._gone():
+                raise SourceProblem("the download was given up", _HINT)
+            try:
+                return self._connection.recv_into(buffer)
+            except TimeoutError:
+                continue

@@ -9,14 +9,14 @@ import hashlib
 import io
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite_llm.errors import EnvironmentProblem, UsageError, shown
-from lite_llm.text.fetch import MOST_BYTES, Fetcher, is_picture_type
-from lite_llm.text.headers import EXPECTED, FORMATS, MOST_EXTRA, check_size, measure
+from lite_llm.text.fetch import MOST_BYTES, Fetcher, Gone, is_picture_type
+from lite_llm.text.headers import EXPECTED, FORMATS, MOST_EXTRA, MOST_PIXELS, check_size, measure
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MOST_PICTURES = 64
 """In one conversation."""
+MOST_TOGETHER = 2 * MOST_PIXELS
+"""Pixels of all the pictures that are decoded for one prompt: they take 4 bytes each until they are cut to size."""
 
 _COUNTED = 1 << 20  # bytes of a file whose frames are counted one by one, at some 10 us each
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", re.IGNORECASE)
@@ -46,9 +48,17 @@ class Picture:
         return self.image.size
 
 
-def open_picture(source: "Source", fetcher: Fetcher | None = None) -> Picture:
+Decode = Callable[[bytes, str], Picture]
+"""(a file's bytes, what to call it in messages) -> what it shows; a UsageError if that cannot be."""
+
+
+def open_picture(
+    source: "Source", fetcher: Fetcher | None = None, decode: Decode | None = None, gone: Gone | None = None
+) -> Picture:
     """One picture, decoded. A string is a path or a URL; http(s) URLs need a `fetcher`.
 
+    `decode` stands for `decode_here`: `Decoders.decode` does it in another process. PIL images are decoded here.
+    `gone` ends a download, see `Fetcher.fetch`.
     Raises a UsageError for anything that is not a whole picture of a known format and a bearable size.
     """
     try:
@@ -56,20 +66,21 @@ def open_picture(source: "Source", fetcher: Fetcher | None = None) -> Picture:
     except ImportError as error:
         raise EnvironmentProblem(f"pictures need Pillow: {error}", "pip install pillow") from error
 
+    decode = decode or decode_here
     if isinstance(source, PIL.Image.Image):
         return _from_image(source)
     if isinstance(source, str) and _SCHEME.match(source):
         if source[:5].lower() == "data:":
-            return _decode(_from_data_url(source), "the picture (data URL)")
+            return decode(_from_data_url(source), "the picture (data URL)")
         if fetcher is None:
             raise UsageError(f"{shown(source)}: URLs are not fetched here", "send the picture itself, as a data URL")
-        return _decode(fetcher.fetch(source), "the picture (URL)")
+        return decode(fetcher.fetch(source, gone), "the picture (URL)")
     if isinstance(source, (str, Path)):
-        return _decode(_from_file(source), shown(str(source)))
+        return decode(_from_file(source), shown(str(source)))
     if isinstance(source, (bytes, bytearray, memoryview)):
         if (size := memoryview(source).nbytes) > MOST_BYTES:
             _too_heavy("the picture", size)
-        return _decode(bytes(source), "the picture")
+        return decode(bytes(source), "the picture")
     raise UsageError(f"a picture cannot be a {type(source).__name__}", "pass a path, bytes, a data URL or a PIL image")
 
 
@@ -121,7 +132,13 @@ def _too_heavy(name: str, size: int) -> bytes:
 # ---- pixels
 
 
-def _decode(data: bytes, name: str) -> Picture:
+def decode_here(data: bytes, name: str) -> Picture:
+    """A file's bytes as a picture; `name` is for messages. UsageError as `open_picture` raises it."""
+    return decode_with_bytes(data, name)[0]
+
+
+def decode_with_bytes(data: bytes, name: str) -> tuple[Picture, bytes]:
+    """As `decode_here`, and the picture's pixels, three bytes each, row by row."""
     import PIL.Image
 
     kind, width, height = measure(data, name)
@@ -136,6 +153,8 @@ def _decode(data: bytes, name: str) -> Picture:
             frames = _frames(image, kind, len(data))
     except (UsageError, KeyboardInterrupt):
         raise
+    except MemoryError:
+        raise UsageError(f"{name} takes more memory to decode than a picture may", "send it smaller") from None
     except Exception:  # decoders raise anything, and say in it where their objects lie
         raise UsageError(f"{name} is a {kind} that is damaged or cut short", "send the whole file") from None
     return _picture(rgb, after, max(before, after), (width, height), mode, [*frames, *notes])
@@ -159,12 +178,12 @@ def _from_image(source: "PIL.Image.Image") -> Picture:
         raise
     except Exception:
         raise UsageError(f"{name} (a PIL image) cannot be decoded", "check its file") from None
-    return _picture(rgb, after, max(before, after), size, mode, notes)
+    return _picture(rgb, after, max(before, after), size, mode, notes)[0]
 
 
 def _picture(
     rgb: "PIL.Image.Image", turn: int, turned: int, size: tuple[int, int], mode: str, notes: list[str]
-) -> Picture:
+) -> tuple[Picture, bytes]:
     import PIL.Image
 
     way = PIL.Image.Transpose
@@ -178,8 +197,9 @@ def _picture(
         notes = [*notes, f"turned by EXIF {turned}"]
     rgb.info = {}  # profiles and comments are of no use to a model, and may be large
     hashed = hashlib.blake2b(b"%d x %d" % rgb.size, digest_size=32)
-    hashed.update(rgb.tobytes())
-    return Picture(rgb, hashed.hexdigest(), size, mode, tuple(notes))
+    pixels = rgb.tobytes()
+    hashed.update(pixels)
+    return Picture(rgb, hashed.hexdigest(), size, mode, tuple(notes)), pixels
 
 
 def _orientation(image: "PIL.Image.Image") -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 
 from lite_llm.engine.request import SamplingParams
-from lite_llm.errors import ContextExceeded
+from lite_llm.errors import ContextExceeded, UsageError
 from lite_llm.outputs import Choice, Delta, Output, Timings, Usage
 
 
@@ -37,6 +37,9 @@ class FakeLLM:
 
     def __exit__(self, *_) -> None:
         pass
+
+    def open(self, source):
+        raise UsageError("fake/model takes text only", "load a vision model, or send no pictures")
 
     def encode(self, messages) -> list[int]:
         return list(range(sum(len(message["content"].split()) + 2 for message in messages)))
@@ -96,7 +99,7 @@ class _Answer:
     def output(self) -> Output:
         choice = Choice(0, "".join(self.said), (1,) * len(self.said), self.reason or "", None, self.params.seed)
         usage = Usage(self.prompt, 0, len(self.said))
-        return Output(self.name, (0,) * self.prompt, (choice,), usage, Timings(0.01, 0.1, 50.0), self.params)
+        return Output(self.name, (0,) * self.prompt, (choice,), usage, Timings(0.01, 0.1, 50.0, 0.0), self.params)
 
 
 def _words(text: str) -> list[str]:

@@ -15,14 +15,15 @@ from lite_llm.cli.flight import FRAME, SHARE, FlightView, frame
 from lite_llm.cli.session import Session
 from lite_llm.engine.request import SamplingParams
 from lite_llm.llm import LLM
-from lite_llm.outputs import InFlight, Progress
+from lite_llm.outputs import InFlight, Progress, SlotMap
 from tests.cli.test_terminal import Terminal
 
 WAITING = Progress("request-1", 0, "waiting", 100, 0, 0, 0, 50, 0, 0, None, 0.25, None)
 PROMPT = Progress("request-2", 0, "prompt", 100, 40, 10, 0, 100, 40, 0, None, 0.5, None)
 DECODING = Progress("request-3", 0, "decoding", 100, 100, 0, 50, 100, 160, 2, 0.0123, 12.5, None)
 DONE = Progress("request-4", 0, "done", 100, 100, 0, 100, 100, 0, 0, 0.2, 3.0, "length")
-NOW = InFlight((WAITING, PROMPT, DECODING, DONE), 2, 1, 200, 24, 1000, 1234)
+MAP = SlotMap(100, (100, 50, 0, 0, 0, 50, 0, 0, 0, 0), (0, 0, 0, 0, 24, 0, 0, 0, 0, 0))
+NOW = InFlight((WAITING, PROMPT, DECODING, DONE), 2, 1, 200, 24, 1000, 1234, MAP)
 
 
 class Tty(io.StringIO):
@@ -87,7 +88,8 @@ def shown(engine: Engine, at: Console) -> list[str]:
 
 
 def test_a_wide_terminal_shows_all_there_is():
-    head, titles, *rows = shown(Engine(), console(120))
+    head, drawn, titles, *rows = shown(Engine(), console(120))
+    assert drawn == "[█▄  ▂▄    ]"
     assert head == "2 running  1 waiting  1 done  slots 200 of 1,000 (20%)  24 cached"
     assert titles.split() == ["request", "state", "prompt", "cached", "answer", "slots", "first", "age"]
     assert [re.sub("[▒█░]+ *", "", row).split() for row in rows] == [
@@ -124,14 +126,14 @@ def test_no_line_is_longer_than_the_terminal(width):
 
 def test_a_bar_is_as_long_as_its_share():
     """Of prompt and answer together; what the prompt has is drawn apart."""
-    bars = [re.search("[▒█░]+", line)[0] for line in texts(NOW, 80, 20)[2:]]
+    bars = [re.search("[▒█░]+", line)[0] for line in texts(NOW, 80, 20)[3:]]
     size = len(bars[0])
     assert [bar.count("░") for bar in bars] == [size, round(size * 0.8), round(size * 0.25), 0]
     assert [bar.count("▒") for bar in bars] == [0, round(size * 0.2), round(size * 0.5), round(size * 0.5)]
     assert {len(bar) for bar in bars} == {size} and size > 10
     short = [dataclasses.replace(DONE, output=9, finish_reason=reason) for reason in ("stop", "abort")]
     stopped, aborted = (
-        re.search("[▒█░]+", line)[0] for line in texts(dataclasses.replace(NOW, requests=short), 80, 20)[2:]
+        re.search("[▒█░]+", line)[0] for line in texts(dataclasses.replace(NOW, requests=short), 80, 20)[3:]
     )
     assert "░" not in stopped and "░" in aborted
 
@@ -140,12 +142,12 @@ def test_the_most_interesting_come_first_and_the_others_are_counted():
     requests = tuple(many(30, "done") + many(10, "decoding") + many(30, "waiting"))
     now = dataclasses.replace(NOW, requests=requests)
     names = [line.split()[0] for line in texts(now, 80, 20)]
-    assert names[2:] == [f"decoding-{i}" for i in range(10)] + [f"waiting-{i}" for i in range(7)] + ["and"]
-    assert texts(now, 80, 20)[-1] == "and 30 done, 23 waiting"
+    assert names[3:] == [f"decoding-{i}" for i in range(10)] + [f"waiting-{i}" for i in range(6)] + ["and"]
+    assert texts(now, 80, 20)[-1] == "and 30 done, 24 waiting"
     assert [line.split()[0] for line in texts(now, 80, 8)][2:-1] == [f"decoding-{i}" for i in range(5, 10)]
-    everybody = [line.split()[0] for line in texts(now, 80, 72)]
-    assert everybody[2:] == [p.id for p in requests], "all fit: in order of arrival"
-    assert [line.split()[0] for line in texts(now, 80, 60)][-2] == "waiting-29", "of what has ended, the newest"
+    everybody = [line.split()[0] for line in texts(now, 80, 73)]
+    assert everybody[3:] == [p.id for p in requests], "all fit: in order of arrival"
+    assert [line.split()[0] for line in texts(now, 80, 61)][-2] == "waiting-29", "of what has ended, the newest"
 
 
 @pytest.mark.parametrize("height", range(1, 12))
@@ -158,16 +160,44 @@ def test_a_frame_leaves_the_last_line_of_the_terminal_free(width, height):
 def test_answers_to_one_prompt_are_numbered():
     twins = tuple(dataclasses.replace(DECODING, index=i) for i in range(2))
     lines = texts(dataclasses.replace(NOW, requests=(WAITING, *twins)), 80, 20)
-    assert [line.split()[0] for line in lines[2:]] == ["request-1", "request-3/0", "request-3/1"]
+    assert [line.split()[0] for line in lines[3:]] == ["request-1", "request-3/0", "request-3/1"]
 
 
 def test_a_name_cannot_command_the_terminal():
     evil = dataclasses.replace(DECODING, id="a\x1b]0;b\nc")
-    assert texts(dataclasses.replace(NOW, requests=(evil,)), 120, 20)[2].startswith(r"a\x1b]0;b c ")
+    assert texts(dataclasses.replace(NOW, requests=(evil,)), 120, 20)[3].startswith(r"a\x1b]0;b c ")
+
+
+def drawn(cells: SlotMap, slots: int, width: int = 80, **options) -> list[tuple[str, str]]:
+    now = dataclasses.replace(NOW, slots=slots, slots_used=sum(cells.used), map=cells)
+    return next(line[1:-1] for line in frame(now, width, 20, **options) if line[0][0] == "[")
+
+
+def test_the_map_shows_how_full_each_part_of_the_pool_is_and_of_what():
+    cells = SlotMap(8, (8, 4, 1, 0, 0, 3), (0, 4, 7, 5, 0, 0))  # the last cell has three slots
+    assert drawn(cells, 43) == [("██", "used"), ("█▅", "cached"), (" █", "used")]
+    assert drawn(cells, 43, blocks=False) == [("@@", "used"), ("@+", "cached"), (" @", "used")]
+    assert drawn(SlotMap(1000, (1, 0), (0, 1)), 2000) == [("▁", "used"), ("▁", "cached")], "a single slot is seen"
+
+
+@pytest.mark.parametrize("width", [60, 61, 100, 300])
+def test_a_map_of_any_size_fits(width):
+    cells = SlotMap(100, (100,) * 128 + (0,) * 128, (0,) * 192 + (50,) * 64)
+    (used, _), (cached, _), *_ = [piece for piece in drawn(cells, 25_600, width) if piece[0].strip()]
+    columns = min(width - 2, 256)
+    assert used.count("█") == pytest.approx(columns / 2, abs=1)
+    assert cached.count("▄") == pytest.approx(columns / 4, abs=1)
+
+
+def test_where_there_is_little_room_there_is_no_map():
+    assert any(line[0] == "[" for line in texts(NOW, 60, 10))
+    assert not any("[" in line for line in texts(NOW, 59, 10) + texts(NOW, 60, 9))
 
 
 def test_nothing_in_flight_is_one_line():
-    assert texts(InFlight((), 0, 0, 0, 0, 100, 0), 80, 20) == ["0 running  0 waiting  0 done  slots 0 of 100 (0%)"]
+    assert texts(InFlight((), 0, 0, 0, 0, 100, 0, SlotMap(10, (0,) * 10, (0,) * 10)), 80, 20) == [
+        "0 running  0 waiting  0 done  slots 0 of 100 (0%)"
+    ]
 
 
 def test_a_terminal_without_unicode_gets_ascii():
@@ -217,7 +247,7 @@ def test_the_next_frame_takes_the_place_of_the_last_and_the_end_leaves_nothing()
             engine.now = dataclasses.replace(NOW, requests=NOW.requests[:n])
             view.update(engine)
             engine.time += 1
-            assert len(at.file.screen()) == 1 + n + (n > 0)
+            assert len(at.file.screen()) == 2 + n + (n > 0)
     assert at.file.screen() == [] and at.file.getvalue().count("\x1b[?25h") == 1
 
 
@@ -289,7 +319,8 @@ def test_top_shows_the_last_answer_and_the_pool():
         talk = Session(llm, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
         assert commands.run(talk, "/top").startswith("0 running  0 waiting  0 done  slots 0 of ")
         output = talk.ask("What is the capital of France?", lambda text: None)
-        head, _, row = commands.run(talk, "/top").split("\n")
+        head, pool, _, row = commands.run(talk, "/top").split("\n")
         assert re.search(r"0 running  0 waiting  1 done .* \d+ cached", head)
+        assert re.fullmatch(r"\[ *▁ *\]", pool), "what it left in the cache"
         prompt = output.usage.prompt_tokens
         assert row.split()[:2] == [output.id, "done"] and f"{prompt}/{prompt}" in row and " 8/8 " in row

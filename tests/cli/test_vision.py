@@ -31,11 +31,6 @@ class FakeLlava(FakeLLM):
         return f"{picture.size[0]} wide"
 
 
-class Blind(FakeLLM):
-    def open(self, source):
-        raise UsageError("fake/model takes text only", "load a vision model, or send no pictures")
-
-
 def colours(messages) -> list[tuple[int, int, int]]:
     return [picture.image.getpixel((0, 0)) for message in messages for picture in transcript.pictures_of(message)]
 
@@ -156,7 +151,7 @@ def test_names_as_terminals_drop_them(typed, path):
 
 
 def test_a_model_without_eyes_says_so():
-    talk = Session(Blind("hi"), SamplingParams())
+    talk = Session(FakeLLM("hi"), SamplingParams())
     with pytest.raises(UsageError, match="takes text only"):
         show(talk, "red")
     ask(talk, "one")
@@ -180,7 +175,7 @@ def test_a_saved_conversation_has_the_same_pixels(tmp_path):
     assert [m["role"] for m in other.messages] == ["user", "assistant"] and other.last_question() == "what?"
     assert commands.run(other, "/image") == "saved picture: 8 wide\nsaved picture: 8 wide"
     with pytest.raises(UsageError, match="text only"):
-        Session(Blind("x"), SamplingParams()).load(path)
+        Session(FakeLLM("x"), SamplingParams()).load(path)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ ON_GPU = dataclasses.replace(PLAN, device="cuda:0")
 
 def answer(speed: float, tokens: int = 50) -> Output:
     choice = Choice(0, "so", (1,) * tokens, "stop", None, 0)
-    return Output("r", (0,) * 30, (choice,), Usage(30, 10, tokens), Timings(0.012, 1.0, speed), SamplingParams())
+    return Output("r", (0,) * 30, (choice,), Usage(30, 10, tokens), Timings(0.012, 1.0, speed, 0.0), SamplingParams())
 
 
 def limit(roof: Ceilings) -> float:

@@ -48,7 +48,7 @@ class Watched(Request):
 
     def end(self, reason: str) -> None:
         assert self.finish_reason is None, f"ended as {self.finish_reason} and again as {reason}"
-        assert reason in ("stop", "length", "abort", "error")
+        assert reason in ("stop", "length", "timeout", "abort", "error")
         super().end(reason)
 
 
@@ -78,7 +78,9 @@ class Simulation:
     """A scheduler over a pool of plain Python: what a slot holds is the hash of the prefix that was written to it."""
 
     def __init__(self, slots: int = 16, rows: int = 3, step_tokens: int = 6, cache: bool = True, vocab: int = 4):
-        self.scheduler = Bounded(SlotPool(slots), rows, step_tokens, PrefixCache() if cache else NoPrefix(), rows)
+        pool = SlotPool(slots)
+        prefix = PrefixCache(pool.mark) if cache else NoPrefix()
+        self.scheduler = Bounded(pool, rows, step_tokens, prefix, rows)
         self.vocab, self.pool, self.steps = vocab, {}, 0
 
     def add(self, ids: Sequence[int], answer: int = 8, stop_ids: Iterable[int] = ()) -> Watched:

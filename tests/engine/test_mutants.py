@@ -16,6 +16,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.engine import (
     test_constraints,
+    test_deadlines,
     test_engine,
     test_pictures,
     test_prefix,
@@ -77,6 +78,14 @@ def engine() -> None:
         test_engine.test_a_step_that_fails_ends_its_requests_and_nothing_else("sample", error, monkeypatch)
 
 
+def deadlines() -> None:
+    test_deadlines.test_a_deadline_ends_a_request_in_every_state()
+    test_deadlines.test_those_who_have_ended_are_not_remembered_until_their_deadline()
+    test_deadlines.test_the_moment_of_admission_is_the_first_one()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        test_deadlines.test_a_step_ends_who_is_late_before_it_plans(2, monkeypatch)
+
+
 def request() -> None:
     for name in test_request.WHOLE | test_request.NUMBERS:
         test_request.test_a_number_out_of_range_is_refused_by_name(name)
@@ -124,6 +133,9 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("after + 1 in self._end", "False", slots),  # runs are not continued
         ('self._in_use[at:stop] = b"\\1" * (stop - at)', "pass", slots),
         ("del self._start[end]\n        stop", "stop", slots),
+        ("self._kept[first:end] = False", "pass", slots),
+        ("range(1, self.total, size)", "range(1, self.total - 1, size)", slots),
+        ("in_use[first : first + size])) - kept)", "in_use[first : first + size])))", slots),
         ("if self._end.get(first) == first - length:", "if first in self._end:", slots),  # a stale entry is believed
     ],
     "prefix": [
@@ -138,6 +150,8 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ),
         ("if slot != other]", "if slot == other]", prefix),  # gives the wrong ones back
         ("self.size += len(leaf.slots)", "self.size += 1", prefix),
+        ("self._mark(leaf.slots, True)", "pass", scheduler),
+        ("self._mark(node.slots, change < 0)", "self._mark(node.slots, change > 0)", scheduler),
         ("freed += leaf.slots[cut:]", "freed += leaf.slots[cut + 1 :]", prefix),  # leaks one
         ("(0 if change > 0 else 1)", "(0 if change > 0 else 0)", prefix),
         ("Node(ids[done:], slots[done:], node)", "Node(ids[done:] if done else ids, slots[done:], node)", prefix),
@@ -189,6 +203,10 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("request.row is None or request.satisfied or", "request.row is None or", engine),
         ("request.satisfied or request.unread or", "request.satisfied or", constraints),
         ("if request.flying:", "if False:", engine),
+        ("and self._deadlines[0][0] <= now:", "and self._deadlines[0][0] < now:", deadlines),
+        ("is None:\n                self.cancel(request,", "is None:\n                request.end(", deadlines),
+        ("if entry[2].finish_reason is None]", "if entry[2].row is not None]", deadlines),
+        ("= len(slots), time.monotonic()", "= len(slots), request.arrived", deadlines),
         ("            self._unstock()", "            pass", scheduler),
         ("keep = request.cached + 1", "keep = request.cached", scheduler),
         ("del request.slots[keep:]", "pass", scheduler),
@@ -275,6 +293,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("is not None and n == request.pending]", "is not None and request.cached == 0]", constraints),
         ("due = 0  #", "due = self.ahead  #", constraints),
         ("!= words_of(self.cfg.vocab):", "!= len(request.constraint.allowed):", constraints),
+        ("news = self.scheduler.expire(time.monotonic())", "news = []", deadlines),
         ("(len(self.flights) > due or", "(len(self.flights) > due + 1 or", engine),
     ],
 }
@@ -299,7 +318,9 @@ def sown(name: str, old: str, new: str):
 
 
 @pytest.mark.parametrize(
-    "killer", [slots, prefix, scheduler, engine, request, pictures, prompt_logprobs], ids=lambda f: f.__name__
+    "killer",
+    [slots, prefix, scheduler, engine, deadlines, request, pictures, prompt_logprobs],
+    ids=lambda f: f.__name__,
 )
 def test_nothing_is_found_where_nothing_was_sown(killer):
     killer()

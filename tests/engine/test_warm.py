@@ -1,8 +1,11 @@
 """After "ready" nothing compiles, whatever is asked: 500 requests of random lengths, batches and parameters."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
+import triton
 
 from lite_llm.config import EngineConfig
 from lite_llm.engine import warm as warming
@@ -66,6 +69,18 @@ def test_long_prompts_compile_nothing_either():
                 prompts = [[draw.randrange(100) for _ in range(n)] for n in lengths]
                 llm.generate(prompts, SamplingParams(max_tokens=draw.randint(1, 60), ignore_eos=True))
         assert counter.count == 0
+
+
+def test_on_a_cpu_nothing_is_ever_new_and_for_a_gpu_triton_is_asked():
+    with warming.counting(torch.device("cpu")) as counter:
+        with LLM(COPY, device="cpu") as llm:
+            llm.generate("abc<sep>", SamplingParams(max_tokens=2))
+    assert (counter.compiled, counter.loaded, counter.count) == ([], [], 0)
+    source = SimpleNamespace(name="attend")
+    with warming.counting(torch.device("cuda")) as counter:  # counts without a GPU too
+        for known in (True, False, True):
+            triton.knobs.compilation.listener(src=source, cache_hit=known)
+    assert (len(counter.compiled), len(counter.loaded)) == (1, 2)
 
 
 def test_warming_up_a_cpu_builds_nothing():

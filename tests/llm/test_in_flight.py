@@ -1,13 +1,16 @@
 """What `in_flight` says at every moment is what the scheduler knows, and asking changes nothing."""
 
+import dataclasses
+import json
 import random
+import time
 
 import pytest
 
 from lite_llm.errors import UsageError
 from lite_llm.llm import LLM
 from lite_llm.outputs import InFlight, Progress
-from tests.llm.conftest import OPTIONS, params
+from tests.llm.conftest import OPTIONS, joined, params
 
 
 def only(llm) -> Progress:
@@ -23,6 +26,10 @@ def checked(llm) -> InFlight:
     assert now.waiting == states.count("waiting") == len(scheduler.waiting)
     assert now.slots_used == len({slot for request in scheduler.running for slot in request.slots})
     assert now.slots_used + now.slots_cached + scheduler.slots.free_count == now.slots == scheduler.capacity
+    assert (sum(now.map.used), sum(now.map.cached)) == (now.slots_used, now.slots_cached)
+    used = {slot for request in scheduler.running for slot in request.slots}
+    cells = range(1, now.slots + 1, now.map.size)
+    assert now.map.used == tuple(len(used & set(range(first, first + now.map.size))) for first in cells)
     for p in now.requests:
         assert 0 <= p.prompt_done <= p.prompt and 0 <= p.output <= p.wanted and p.age >= 0
         assert (p.finish_reason is not None) == (p.state == "done")
@@ -113,6 +120,59 @@ def test_at_any_moment_of_a_disorderly_day(llm):
         now = checked(llm)
         assert now.tokens - before == forgotten + sum(p.output for p in now.requests)
     for name in names:
+        llm.forget(name)
+
+
+def test_a_moment_may_travel_as_json_and_nothing_else_is_taken_for_one(llm):
+    name = llm.add_request([5, 6, 7], params(n=2))
+    llm.step()
+    now = llm.in_flight()
+    told = json.loads(json.dumps(dataclasses.asdict(now)))
+    assert InFlight.read(told | {"model": "x"}) == now
+    cells = told["map"]
+    wrong = [{"map": cells | change} for change in ({"size": 0}, {"used": []}, {"cached": [0] * 3}, {"used": None})]
+    for change in (*wrong, {"slots": 0}, {"slots": "many"}, {"map": []}, {"requests": [{}]}, {"requests": 3}):
+        with pytest.raises((ValueError, TypeError, KeyError)):
+            InFlight.read(told | change)
+    llm.forget(name)
+
+
+@pytest.mark.parametrize("deadline", [-1, float("nan"), "soon", True])
+def test_a_deadline_that_is_none_is_refused(llm, deadline):
+    with pytest.raises(UsageError, match="deadline = .*expected a moment"):
+        llm.add_request([5], params(), deadline=deadline)
+
+
+def test_a_deadline_ends_all_answers_and_keeps_what_was_said(llm):
+    name = llm.add_request([5, 6, 7], params(n=2), deadline=time.monotonic() + 0.2)
+    other = llm.add_request([8, 9], params(max_tokens=90))
+    deltas = []
+    while not llm.finished(name):
+        deltas += [delta for delta in llm.step() if delta.id == name]
+        time.sleep(0.03)
+    output = llm.result(name)
+    assert [choice.finish_reason for choice in output.choices] == ["timeout"] * 2
+    assert 0.2 <= output.timings.total < 2 and 0 <= output.timings.queued <= output.timings.first_token
+    for choice in output.choices:
+        text, tokens, reason = joined(deltas, choice.index)
+        assert (text, tokens, reason) == (choice.text, choice.token_ids, "timeout") and tokens
+    while not llm.finished(other):
+        llm.step()
+    assert llm.result(other).finish_reason == "length"
+    for one in (name, other):
+        llm.forget(one)
+
+
+def test_who_never_ran_was_in_the_queue_all_the_time(llm):
+    busy = [llm.add_request([5 + i], params()) for i in range(8)]
+    late = llm.add_request([7, 8], params(), deadline=time.monotonic() + 0.01)
+    llm.step()
+    time.sleep(0.02)
+    llm.step()
+    output = llm.result(late)
+    assert (output.finish_reason, output.token_ids) == ("timeout", ())
+    assert output.timings.queued == output.timings.total >= 0.01
+    for name in (*busy, late):
         llm.forget(name)
 
 

@@ -207,7 +207,7 @@ def test_urls_are_opened_by_a_fetcher_alone(both):
         llm.chat(messages)
 
     class Shelf(Fetcher):
-        def fetch(self, url):
+        def fetch(self, url, gone=None):
             return base64.b64decode(url_of(noise(40, 30)).split(",")[1])
 
     with LLM(llm.name, **OPTIONS, fetcher=Shelf()) as online:

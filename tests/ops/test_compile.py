@@ -20,8 +20,11 @@ REGISTERS = {
     "_decode_kernel": 255, "_embed_kernel": 32, "_gelu_kernel": 44, "_gemv_kernel": 184, "_gemv_qkv_kernel": 180,
     "_layer_norm_kernel": 107, "_pick_kernel": 140, "_rms_norm_kernel": 72, "_rope_kernel": 32,
     "_rope_store_kv_kernel": 60, "_scan_kernel": 84, "_silu_mul_kernel": 48, "_skinny_kernel": 210,
-    "_skinny_qkv_kernel": 230, "_softmax_kernel": 48, "_store_kv_kernel": 40,
+    "_skinny_qkv_kernel": 230, "_softmax_kernel": 48, "_store_kv_kernel": 40, "_wide_kernel": 255,
+    "_wide_qkv_kernel": 255, "_hopper_kernel": 168,
 }  # fmt: skip
+# Triton 3.9's assembler puts a few values on the stack before the warp groups part; 3.6's none.
+SPILLS = {"_hopper_kernel": 32}
 
 CHILD = """
 import ast, importlib, inspect, json, pkgutil, sys, warnings
@@ -93,12 +96,13 @@ def test_every_kernel_fits_the_gpu(compiled, capability):
     rows = [row for row in rows if row["capability"] == capability]
     errors = [f"{row['case']}: {row['error']}" for row in rows if "error" in row]
     assert not errors, "\n".join(errors)
+    launched = launched - {"_hopper_kernel"} if capability != 90 else launched
     assert launched == {row["kernel"] for row in rows}, "a kernel without AOT case, or a case of a kernel not launched"
     too_much = [
         row
         for row in rows
         if row["shared"] > min(SHARED[capability], row["max_shared"])
-        or row["spills"]
+        or row["spills"] > SPILLS.get(row["kernel"], 0)
         or row["registers"] > REGISTERS[row["kernel"]]
     ]
     assert not too_much, "\n".join(str({k: v for k, v in row.items() if k != "of"}) for row in too_much)

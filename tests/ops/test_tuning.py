@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lite_llm.errors import EnvironmentProblem
-from lite_llm.ops.triton import gemv, skinny, tuning
+from lite_llm.ops.triton import gemv, skinny, tuning, wide
 from lite_llm.ops.triton.tuning import CUBLAS, Choice, Row
 
 NOWHERE = torch.device("cpu")  # takes the default table
@@ -45,9 +45,11 @@ def test_a_gpu_without_a_table_runs_every_shape(op, shape):
 
 def test_the_next_row_above_of_the_nearest_shape_is_taken(tmp_path, monkeypatch):
     small, large = gemv.Tile(2, 256, 1), gemv.Tile(4, 1024, 4)
-    wide = skinny.Tile(16, 64, 64)
+    some, many = skinny.Tile(16, 64, 64), wide.Tile(128, 64, 64)
     rows = [
-        Row("add", 1024, 1024, 1, Choice("gemv", small)), Row("add", 1024, 1024, 16, Choice("skinny", wide)),
+        Row("add", 1024, 1024, 1, Choice("gemv", small)), Row("add", 1024, 1024, 16, Choice("skinny", some)),
+        Row("add", 1024, 1024, 128, Choice("wide", many)),
+        Row("add", 1024, 1024, 256, Choice("wide", many._replace(splits=16))),
         Row("add", 8192, 1024, 2, Choice("gemv", large)), Row("add", 8192, 1024, 32, CUBLAS),
     ]  # fmt: skip
     tuning.write(tmp_path / "default.json", "some GPU", rows)
@@ -56,8 +58,10 @@ def test_the_next_row_above_of_the_nearest_shape_is_taken(tmp_path, monkeypatch)
     try:
         for shape, tokens, want in [
             ((1024, 1024), 1, Choice("gemv", small)),
-            ((1024, 1024), 2, Choice("skinny", wide)),
-            ((1024, 1024), 17, CUBLAS),
+            ((1024, 1024), 2, Choice("skinny", some)),
+            ((1024, 1024), 17, Choice("wide", many)),
+            ((1024, 1024), 200, Choice("wide", wide.default("add", 1024, 1024, 200, 90))),  # for 16 splits do not fit
+            ((1024, 1024), 257, CUBLAS),
             ((2048, 900), 1, Choice("gemv", small)),
             ((4096, 1024), 2, Choice("gemv", large)),
             ((8192, 1024), 3, CUBLAS),
@@ -98,8 +102,11 @@ def test_a_row_says_what_it_says(tmp_path):
         ({"out": 2.5}, "out = 2.5"),
         ({"tokens": True}, "tokens = True"),
         ({"tokens": 5}, "tokens = 5; gemv takes at most 4"),
-        ({"kernel": "gemm"}, "kernel = 'gemm'; expected gemv, skinny, cublas"),
+        ({"kernel": "gemm"}, "kernel = 'gemm'; expected gemv, skinny, wide, cublas"),
         ({"kernel": "cublas"}, "cublas has no tile"),
+        ({"kernel": "wide"}, "tile has no tokens"),
+        ({"kernel": "wide", "tokens": 1 << 15}, "tokens = 32768; wide takes at most 16384"),
+        ({"kernel": "wide", "tile": {"tokens": 128, "rows": 64, "columns": 64, "tma": 1}}, "tma = 1; expected bool"),
         ({"kernel": []}, "kernel = "),
         ({"speed": 1}, "expected the keys"),
         ({"tile": [4]}, "expected an object of rows, columns"),

@@ -4,6 +4,7 @@ No test of the suite, for it needs Playwright (`pip install playwright`) and a C
 """
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 from playwright.sync_api import Page, expect, sync_playwright
 
 from lite_llm.llm import LLM
-from tests.server.conftest import PARIS, Running
+from tests.server.conftest import PARIS, Running, opened
+from tests.server.test_connections import LONG, raw
 
 
 def ask(page: Page, text: str) -> None:
@@ -19,7 +21,7 @@ def ask(page: Page, text: str) -> None:
     page.keyboard.press("Enter")
 
 
-def check(page: Page, running: Running) -> None:
+def check(page: Page, running: Running, folder: Path | None, name: str) -> None:
     page.goto(running.url)
     expect(page.locator("#model")).to_contain_text("demo/chat")
     ask(page, "My name is Ada.")
@@ -36,6 +38,13 @@ def check(page: Page, running: Running) -> None:
     expect(page.locator(".turn.user img")).to_have_count(0)
     expect(page.locator("#flights tr.own")).to_contain_text("decoding")
     expect(page.locator("#now")).to_contain_text("1 running")
+    expect(page.locator("#map i")).to_have_count(256)
+    used = page.locator("#map i:not([title*=' 0 in use'])")
+    expect(used.first).to_have_attribute(
+        "title", re.compile(r"^slots \d+ to \d+: [1-9]\d* in use, \d+ kept, \d+ free$")
+    )
+    if folder:
+        page.screenshot(path=folder / f"{name}-live.png")
     page.click("#go")
     expect(page.locator("#figures")).to_contain_text("stopped")
     running.settle()
@@ -67,6 +76,20 @@ def check_key(page: Page, running: Running) -> None:
     expect(page.locator("#now")).to_contain_text("0 running")
 
 
+def check_crowd(page: Page, running: Running, folder: Path | None) -> None:
+    """Sixteen answers grow in a small pool beside what eight others left there."""
+    running.chat(n=8, max_tokens=120, ignore_eos=True, temperature=2)
+    page.goto(running.url)
+    crowd = raw(running, **LONG | {"n": 16, "max_tokens": 200, "temperature": 2})
+    expect(page.locator("#flights tr")).to_have_count(17)
+    expect(page.locator("#map i:not([title*=' 0 in use'])").nth(100)).to_be_attached(timeout=30_000)
+    expect(page.locator("#map i:not([title*=' 0 kept'])").nth(20)).to_be_attached()
+    if folder:
+        page.screenshot(path=folder / "page-crowd.png")
+    crowd.close()
+    expect(page.locator("#map i:not([title*=' 0 in use'])")).to_have_count(0)
+
+
 def main(folder: Path | None) -> None:
     program = os.environ.get("CHROMIUM") or shutil.which("chromium")
     with LLM(say=lambda text: None, device="cpu") as llm, sync_playwright() as play:
@@ -76,7 +99,7 @@ def main(folder: Path | None) -> None:
                 page = chromium.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
                 faults: list[str] = []
                 page.on("pageerror", lambda error, faults=faults: faults.append(str(error)))
-                check(page, running)
+                check(page, running, folder, f"page-{scheme}-{width}")
                 wide = page.evaluate_handle("document.documentElement").get_property("scrollWidth").json_value()
                 assert wide <= width and not faults, (wide, faults)
                 if folder:
@@ -84,8 +107,10 @@ def main(folder: Path | None) -> None:
                 page.close()
         with Running(llm, api_key="secret") as running:
             check_key(chromium.new_page(), running)
+        with opened() as small, Running(small) as running:
+            check_crowd(chromium.new_page(), running, folder)
         chromium.close()
-    print("the page works: light and dark, wide and narrow, with and without a key")
+    print("the page works: light and dark, wide and narrow, with and without a key, idle and busy")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import openai
 import pytest
 import uvicorn
 
+from lite_llm.engine.warm import counting
 from lite_llm.llm import DEMO, LLM
 from lite_llm.server.app import Server, make_app
 from lite_llm.server.bridge import Bridge
+from lite_llm.server.metrics import Metrics
 from lite_llm.server.run import ServeOptions, listen, name_of
 
 COPY = DEMO.parent / "copy"
@@ -27,9 +29,13 @@ SYMBOLS = string.ascii_letters + string.digits + "+-"
 class Running:
     """A server and how to reach it."""
 
-    def __init__(self, llm: LLM, api_key: str | None = None, max_queue: int = 64, max_body: int = 1 << 20, stall=30.0):
+    def __init__(
+        self, llm: LLM, api_key: str | None = None, max_queue=64, max_body=1 << 20, stall=30.0, timeout=None
+    ):  # fmt: skip
         self.llm, self.bridge = llm, Bridge(llm, max_queue, stall)
-        self.server = Server(llm, self.bridge, name_of(llm.name), 1_800_000_000, max_body)
+        with counting(llm.engine.kv.k.device) as self.kernels:
+            metrics = Metrics(self.kernels)
+        self.server = Server(llm, self.bridge, metrics, name_of(llm.name), 1_800_000_000, max_body, timeout)
         self.died = threading.Event()
         self._listener = listen(ServeOptions(port=0))
         self.port = self._listener.getsockname()[1]

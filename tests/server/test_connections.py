@@ -185,6 +185,17 @@ def test_metrics_equal_what_clients_counted(demo):
         assert line in found, line
 
 
+def test_the_live_view_maps_the_slots(server):
+    connection = raw(server, **LONG | {"stream": True})
+    connection.recv(100)
+    now = httpx.get(server.url + "/v1/requests").json()
+    cells = now["map"]
+    assert sum(cells["used"]) == now["slots_used"] > 0 and sum(cells["cached"]) == now["slots_cached"]
+    assert len(cells["used"]) == len(cells["cached"]) == -(-now["slots"] // cells["size"]) <= 256
+    assert all(u + c <= cells["size"] for u, c in zip(cells["used"], cells["cached"], strict=True))
+    connection.close()
+
+
 def test_the_live_view(server):
     connection = raw(server, **LONG | {"n": 3, "stream": True})
     connection.recv(100)

@@ -1,5 +1,6 @@
 """`lite-llm serve` as a process: how it starts, what it refuses, how it ends (SRV-16, SRV-17, FLT-07)."""
 
+import base64
 import contextlib
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 
 from lite_llm.cli import main, serve, top_main
 from lite_llm.errors import EnvironmentProblem, UsageError
+from lite_llm.llm import DEMO
 from lite_llm.server.run import ServeOptions, fetcher_from, listen, name_of
 from tests.server.conftest import CHAT, PARIS
 from tests.server.test_connections import LONG
@@ -64,6 +66,25 @@ def processes():
         for one in found:
             assert one.url
         yield found
+
+
+def test_pictures_are_decoded_in_processes_that_end_with_the_server():
+    """IMG-03, with the bundled demo."""
+    picture = base64.b64encode((DEMO.parent / "vision" / "picture-1.png").read_bytes()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}, {"type": "text"}]
+    parts[1]["text"] = "What is in the picture?"
+    server = Process("--model", str(DEMO.parent / "vision"), "--device", "cpu")
+    try:
+        body = {"messages": [{"role": "user", "content": parts}], "temperature": 0}
+        said = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"]
+        assert "a green heart, a purple ring and a red triangle" in said["content"]
+        tasks = Path(f"/proc/{server.child.pid}/task").glob("*/children")
+        (child,) = [int(pid) for task in tasks for pid in task.read_text().split()]
+        assert b"decoders.serve" in Path(f"/proc/{child}/cmdline").read_bytes()
+    finally:
+        server.child.terminate()
+        assert server.end() == 0
+    assert not Path(f"/proc/{child}").exists()
 
 
 def stream(url: str, tokens: int, **headers) -> tuple[threading.Thread, list[str]]:

@@ -52,8 +52,8 @@ class Web:
             with contextlib.suppress(OSError):  # the client may leave
                 page(there) if callable(page) else there.sendall(page)
 
-    def fetch(self, url, **limits):
-        return Fetcher(resolve=self.resolve, dial=self.dial, **limits).fetch(url)
+    def fetch(self, url, gone=None, **limits):
+        return Fetcher(resolve=self.resolve, dial=self.dial, **limits).fetch(url, gone)
 
 
 def web(page, path="/a.png", **names):
@@ -290,6 +290,15 @@ def test_time_is_limited(page):
     site, start = web(page), time.monotonic()
     message = refused(lambda: site.fetch("http://example.com/a.png", seconds=0.3), SourceProblem)
     assert time.monotonic() - start < 1.5 and "within 0.3 s" in message
+    assert all(one.fileno() < 0 for one in site.sockets)
+
+
+@pytest.mark.parametrize("page", [drip(HEAD + b"\r\n" + b"d" * 5000, 0.01), stall(b""), stall(HEAD + b"\r\nda")])
+def test_a_download_that_nobody_waits_for_ends(page):
+    """IMG-12."""
+    site, start = web(page), time.monotonic()
+    message = refused(lambda: site.fetch("http://example.com/a.png", lambda: time.monotonic() - start > 0.1))
+    assert 0.1 < time.monotonic() - start < 1 and "given up" in message
     assert all(one.fileno() < 0 for one in site.sockets)
 
 

@@ -210,7 +210,7 @@ def test_all_sources_give_the_same_picture(tmp_path, monkeypatch):
     url = "data:image/png;base64," + base64.b64encode(data).decode()
 
     class Fetched:
-        def fetch(self, url):
+        def fetch(self, url, gone=None):
             return data
 
     sources = [data, bytearray(data), memoryview(data), path, str(path), f"~/{path.name}", url, "DATA" + url[4:],

@@ -1,4 +1,6 @@
-"""The lessons of the vision demo, and how it is trained."""
+"""The lessons of the vision demo, how it is trained, and the bundled checkpoint. The exam's figures are in its model
+card; here a handful of its questions proves that what lies in the repository is what was examined.
+"""
 
 import math
 import random
@@ -9,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+from lite_llm import LLM
 from lite_llm.cli.app import PICTURES
 from tools import (
     demo_vision,
@@ -269,3 +272,33 @@ def test_sample_pictures_show_something_held_out_and_nothing_unknown():
 
 
 # ---- the bundled checkpoint
+
+
+def test_the_bundled_files_are_small_and_complete():
+    files = {file.name: file.stat().st_size for file in DEMO.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", PICTURES.picture} <= set(files)
+    assert sum(files.values()) < 16 * MiB
+
+
+def test_the_vision_model_answers_held_out_questions():
+    asked = [question for topic in TOPIC_NAMES for question in demo_vision_exam.asked(topic, 8)]
+    with LLM(DEMO, say=lambda text: None) as llm:
+        replies = demo_vision_exam.answers(llm, [said for said, _ in asked])
+    assert sum(reply == answer for reply, (_, answer) in zip(replies, asked, strict=True)) >= 0.93 * len(asked)
+
+
+@torch.no_grad()
+def test_transformers_gives_the_same_answers():
+    processor = AutoProcessor.from_pretrained(DEMO)
+    theirs = LlavaForConditionalGeneration.from_pretrained(DEMO, dtype=torch.float32).eval()
+    with LLM(DEMO, device="cpu", dtype="float32", say=lambda text: None) as llm:
+        for number in (1, 4):
+            picture = llm.open(DEMO / f"picture-{number}.png")
+            text = {"type": "text", "text": "What is in the picture?"}
+            ours = llm.chat([{"role": "user", "content": [{"type": "image", "image": picture}, text]}])
+            prompt = processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, text]}], add_generation_prompt=True
+            )
+            batch = processor(text=prompt, images=picture.image, return_tensors="pt", add_special_tokens=False)
+            out = theirs.generate(**batch, max_new_tokens=64)[0, batch["input_ids"].shape[1] :]
+            assert ours.text == processor.decode(out, skip_special_tokens=True) != ""

@@ -7,7 +7,7 @@ import torch
 
 from lite_llm.config import HFConfig
 from lite_llm.models import registry, shapes
-from lite_llm.ops.triton import gemv, skinny, tuning
+from lite_llm.ops.triton import gemv, skinny, tuning, wide
 from lite_llm.ops.triton.tuning import CUBLAS, Choice, Row
 from tests.close import DEVICE
 from tools import chain as chains
@@ -26,10 +26,12 @@ def small(w: Weights, part: str, kernel: str, tokens: int) -> Choice:
     key = w.key(part)
     if kernel == "gemv":
         return Choice("gemv", gemv.Tile(32, 256, 8))  # few programs, for the interpreter runs one after the other
+    if kernel == "wide":
+        return Choice("wide", wide.Tile(64, 64, 64, 4, 2, tma=DEVICE == "cpu"))
     return Choice("skinny", skinny.default(*key, tokens, 90)) if kernel == "skinny" else CUBLAS
 
 
-@pytest.mark.parametrize("kernel, tokens", [("gemv", 2), ("skinny", 5), ("cublas", 5)])
+@pytest.mark.parametrize("kernel, tokens", [("gemv", 2), ("skinny", 5), ("wide", 66), ("cublas", 5)])
 @pytest.mark.parametrize("shape", ["llama-3.2-1b", "qwen2.5-0.5b"])
 def test_every_part_of_a_chain_is_right(shape, kernel, tokens):
     w = weights(shape)
@@ -110,14 +112,15 @@ def test_the_search_finds_the_best_tile(monkeypatch):
     assert len(set(timer.tried)) < 120
 
 
-@pytest.mark.parametrize("tokens, kernel", [(1, "gemv"), (16, "skinny")])
+@pytest.mark.parametrize("tokens, kernel", [(1, "gemv"), (16, "skinny"), (256, "wide")])
 def test_every_candidate_fits(tokens, kernel, monkeypatch):
     timer = FakeTimer(model(tokens=tokens), lambda choice: 1e-4 + 1e-5 * (choice.kernel != kernel))
     monkeypatch.setattr(timer.chain, "right", lambda part, choice: True)
     for part in PARTS:
         found = tune.search(timer, part, {part: CUBLAS}, None, FAR)
         assert found.kernel == kernel
-    assert all(choice.tile is None or choice.kernel in ("gemv", "skinny") for choice in timer.tried)
+    assert all((choice.tile is None) == (choice.kernel == "cublas") for choice in timer.tried)
+    assert tokens > tune.WIDE or all(choice.kernel != "wide" for choice in timer.tried)
     assert all(timer.chain.tokens <= c.tile.tokens for c in timer.tried if c.kernel == "skinny")
 
 
@@ -150,6 +153,19 @@ def test_a_hint_from_fewer_tokens_grows():
     chain = model(tokens=16)
     hint = Choice("skinny", skinny.Tile(8, 64, 128))
     assert next(tune.others(chain, "out", CUBLAS, hint)).tile.tokens == 16
+
+
+def test_a_hint_from_fewer_tokens_loses_splits():
+    chain, hint = model(tokens=512), Choice("wide", wide.Tile(128, 128, 64, splits=8))
+    assert not chain.possible("out", hint)
+    smaller = next(tune.others(chain, "out", CUBLAS, hint))
+    assert smaller.tile.splits == 2 and chain.possible("out", smaller)
+
+
+def test_every_kernel_is_tried_with_its_default():
+    for tokens, more in ((16, set()), (256, {"wide"})):
+        kernels = {choice.kernel for choice in tune.others(model(tokens=tokens), "out", CUBLAS, None)}
+        assert kernels == {"cublas", "gemv", "skinny"} | more
 
 
 def test_a_new_shape_keeps_its_tiles_for_other_numbers_of_tokens(tmp_path):

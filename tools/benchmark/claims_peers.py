@@ -33,7 +33,13 @@ class Shape:
 
     @property
     def longest(self) -> int:
-        return longest(self.prompt) + max(self.news)
+        return longest(self.prompt) + max(self.news) + self.spread
+
+    @property
+    def spread(self) -> int:
+        """By how many tokens the longest prompts of two works may differ."""
+        lengths = _numbers(self.prompt)
+        return max(lengths) - min(lengths)
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,22 @@ def versus(stage: Stage, plan: Versus) -> None:
 
 
 def _eager(stage: Stage, sides: dict[str, Side], shape: Shape, spare: float, later: Sequence[Shape]) -> int | None:
-    """The answer's length that was measured; `spare` seconds are kept if an answer of any length fits beside them."""
+    """The answer's length that was measured; `spare` seconds are kept if an answer of any length fits beside them.
+
+    transformers' warm-up makes whole answers: its libraries plan their kernels anew for each length of the cache, which
+    takes several times as long as a step.
+    """
     facts, ours, theirs = stage.bench.facts, sides[OURS], sides[JUDGE]
     first = shape.work(facts, shape.news[0], 0)
     stage.bench.say(f"{stage.claim.name}, {first.name}: how long will it take?")
     ours.warm(first)
-    mine, other = ours.run(first).seconds, expect(theirs, shortened(first, SHORT), shape.news[0])
+    mine = ours.run(first).seconds
+    theirs.warm(shortened(first, SHORT))  # what only a process's first steps do
+    unmet = long_prompts(first, SHORT)  # its lengths were not met yet, and then they were
+    others = expect(theirs, unmet, shape.news[0]), expect(theirs, unmet, shape.news[0])
 
     def seconds(new: int) -> float:
-        return mine + other * new / shape.news[0]
+        return mine + sum(others) * new / shape.news[0]
 
     left = stage.clock.left()
     spare = spare if seconds(shape.news[-1]) + spare <= left else 0.0
@@ -104,6 +117,8 @@ def _eager(stage: Stage, sides: dict[str, Side], shape: Shape, spare: float, lat
     if new is None:
         return None
     works = lambda turn: shape.work(facts, new, turn)  # noqa: E731
+    stage.bench.say(f"{stage.claim.name}, {works(0).name}: warming {JUDGE}")
+    theirs.warm(shape.work(facts, new + shape.spread, 0))
     reserve = spare + sum(seconds(after.news[-1]) for after in later)
     runs = stage.turns({OURS: ours.run, JUDGE: theirs.run}, works, shape.rounds, reserve)
     stage.judge(OURS, works(1), runs[OURS][0])
@@ -201,7 +216,7 @@ def ladder(stage: Stage, plan: Ladder) -> None:
             with forgiving(stage, names[kind]):
                 for label in labels:
                     bench.say(f"{stage.claim.name}, {names[kind]}: warming {label}")
-                    for turn in (0, 1):  # lengths differ, and without graphs kernels are compiled as they are met
+                    for turn in range(plan.rounds + 1):  # without graphs kernels are compiled as lengths are met
                         arms[label](make(turn))
                 runs = stage.turns(arms, make, plan.rounds)
                 cut, stage.notes = stage.notes, []
@@ -213,7 +228,11 @@ def ladder(stage: Stage, plan: Ladder) -> None:
 
 
 def longest(lengths: str) -> int:
-    return max(int(part) for part in lengths.replace("-", ",").split(","))
+    return max(_numbers(lengths))
+
+
+def _numbers(lengths: str) -> list[int]:
+    return [int(part) for part in lengths.replace("-", ",").split(",")]
 
 
 def _around(new: int) -> str:

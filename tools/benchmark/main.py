@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from lite_llm.cli.flight import FlightView
 from lite_llm.engine.roofline import Ceilings
 from lite_llm.errors import EnvironmentProblem, LiteLLMError, UsageError
-from lite_llm.outputs import InFlight, Progress
+from lite_llm.outputs import InFlight
 from tools.benchmark import arguments, baseline, modes, plot, table
 from tools.benchmark.bench import AGAIN, OURS, Bench, Facts, takes
 from tools.benchmark.modes import Job
@@ -219,7 +219,7 @@ class _Moment:
         self.told = told
 
     def in_flight(self) -> InFlight:
-        return InFlight(**self.told | {"requests": tuple(Progress(**one) for one in self.told["requests"])})
+        return InFlight.read(self.told)
 
 
 class Teller:

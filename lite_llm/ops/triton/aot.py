@@ -23,6 +23,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that one block may use, by compute capability."""
@@ -54,7 +55,8 @@ def compile_case(case: AotCase, capability: int) -> Compiled:
     signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in arguments}
     divisible = {name: 16 for name, kind in signature.items() if kind.startswith("*")} | case.attrs
     attrs = {(arguments.index(name),): [["tt.divisibility", by]] for name, by in divisible.items() if by > 1}
-    source = ASTSource(case.kernel, signature, case.constexprs, attrs)
+    language = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    source = language(case.kernel, signature, case.constexprs, attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     regs, stack = _resources(kernel.asm["cubin"], kernel.metadata.name)

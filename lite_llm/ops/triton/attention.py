@@ -1,6 +1,6 @@
-"""Attention over single-token slots: flash attention here, flash-decoding for one-token requests in decode.py.
+"""Attention over single-token slots: flash attention here and, for Hopper, in hopper.py; flash-decoding in decode.py.
 
-Both run on ragged batches without padding and read every length on the device, so a graph can replay them.
+All run on ragged batches without padding and read every length on the device, so a graph can replay them.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 from lite_llm.ops.reference.attention import HEAD_DIMS, MAX_GROUP
 from lite_llm.ops.triton.aot import SHARED, AotCase
 from lite_llm.ops.triton.decode import LOG2E, LOWEST, capability, decode
+from lite_llm.ops.triton.hopper import attend_hopper, on_hopper
 from lite_llm.ops.triton.layout import FLOATS, check
 
 
@@ -59,7 +60,8 @@ def attend(
     if decodes:
         decode(q, k_pool, v_pool, out, table, rows, kv_len, decodes, scale, window)
     if len(q) > decodes:
-        _advance(q, k_pool, v_pool, out, table, rows, q_start, kv_len, decodes, scale, window, causal)
+        advance = attend_hopper if on_hopper(q, k_pool, v_pool) else _advance
+        advance(q, k_pool, v_pool, out, table, rows, q_start, kv_len, decodes, scale, window, causal)
     return out
 
 

@@ -1,8 +1,9 @@
 """The matmuls of dense weights, with all that surrounds them: norms, biases, activations, the residual, RoPE.
 
 Up to some tens of tokens one kernel does all of that in one pass over the weight: from registers for four tokens at
-most (gemv.py), from shared memory for more (skinny.py). Which, and with which tile, stands in a table (tuning.py).
-All else, and whatever those two do not support, is cuBLAS between separate kernels.
+most (gemv.py), from shared memory for more (skinny.py). For more tokens one kernel does all but the norm (wide.py).
+Which, and with which tile, stands in a table (tuning.py). All else, and whatever those three do not support, is cuBLAS
+between separate kernels.
 """
 
 import torch
@@ -18,6 +19,8 @@ from lite_llm.ops.triton.norm import rms_norm
 from lite_llm.ops.triton.rope import rope_store_kv_
 from lite_llm.ops.triton.skinny import skinny
 from lite_llm.ops.triton.skinny_qkv import skinny_qkv
+from lite_llm.ops.triton.wide import wide
+from lite_llm.ops.triton.wide_qkv import wide_qkv
 
 
 def linear(
@@ -37,6 +40,8 @@ def linear(
         return gemv(x, weight, bias, norm, eps, gated, None, ahead, tile)
     if kernel == "skinny":
         return skinny(x, weight, bias, norm, eps, gated, None, ahead, tile)
+    if kernel == "wide":
+        return wide(x, weight, bias, norm, eps, gated, None, ahead, tile)
     y = F.linear(x if norm is None else rms_norm(x, norm, eps), weight, bias)
     return silu_mul(y) if gated else y
 
@@ -51,6 +56,8 @@ def linear_add_(
         return gemv(x, weight, bias, None, 0.0, False, residual, ahead, tile)
     if kernel == "skinny":
         return skinny(x, weight, bias, None, 0.0, False, residual, ahead, tile)
+    if kernel == "wide":
+        return wide(x, weight, bias, None, 0.0, False, residual, ahead, tile)
     residual.addmm_(x, weight.T)
     return residual if bias is None else residual.add_(bias)
 
@@ -79,8 +86,9 @@ def project_qkv_(
     kernel, tile = _choose("qkv", x, weight, least) if whole else tuning.CUBLAS
     if kernel == "gemv":
         return gemv_qkv(k_pool, v_pool, x, weight, bias, norm, eps, positions, slots, cos, sin, ahead, tile)
-    if kernel == "skinny":
-        return skinny_qkv(
+    if kernel in ("skinny", "wide"):
+        project = skinny_qkv if kernel == "skinny" else wide_qkv
+        return project(
             k_pool, v_pool, x, weight, bias, norm, eps, positions, slots, cos, sin, q_norm, k_norm, ahead, tile
         )
     qkv = F.linear(rms_norm(x, norm, eps), weight, bias)

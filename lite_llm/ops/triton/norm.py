@@ -97,7 +97,10 @@ def _layer_norm_kernel(x, weight, bias, out, width, stride, eps, BLOCK: tl.const
     release(PDL)
 
     h = tl.load(x + row * stride + col, mask, other=0.0).to(tl.float32)
-    h = tl.where(mask, h - tl.sum(h) / width, 0.0)  # sums of squares around the mean: far from it they would cancel
+    # Sums of squares around the mean: far from it they would cancel. A mean rounded off would be all there is of equal
+    # values, and 1 / sqrt(eps) times as much: div_rn is exact for them where / is not.
+    count = tl.zeros([], tl.float32) + width  # a constant where the width is 1
+    h = tl.where(mask, h - tl.div_rn(tl.sum(h), count), 0.0)
     h = h * tl.rsqrt(tl.sum(h * h) / width + eps) * w.to(tl.float32) + b.to(tl.float32)
     tl.store(out + row * width + col, h.to(out.dtype.element_ty), mask)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lite_llm.errors import EnvironmentProblem, shown
-from lite_llm.ops.triton import gemv, skinny
+from lite_llm.ops.triton import gemv, skinny, wide
 from lite_llm.ops.triton.decode import capability
 
 OPS = ("add", "gated", "linear", "qkv")
@@ -23,8 +23,8 @@ _KEYS = {"op", "in", "out", "tokens", "kernel", "tile"}
 
 
 class Choice(NamedTuple):
-    kernel: str  # "gemv", "skinny" or "cublas"
-    tile: gemv.Tile | skinny.Tile | None  # None: the kernel's default; always so of cublas
+    kernel: str  # "gemv", "skinny", "wide" or "cublas"
+    tile: gemv.Tile | skinny.Tile | wide.Tile | None  # None: the kernel's default; always so of cublas
 
 
 class Row(NamedTuple):
@@ -36,8 +36,10 @@ class Row(NamedTuple):
 
 
 CUBLAS = Choice("cublas", None)
-_TILES = {"gemv": gemv.Tile, "skinny": skinny.Tile}
-_MOST_TOKENS = {"gemv": gemv.MOST_TOKENS, "skinny": skinny.MOST_TOKENS, "cublas": 1 << 30}
+_TILES = {"gemv": gemv.Tile, "skinny": skinny.Tile, "wide": wide.Tile}
+_MOST_TOKENS = {
+    "gemv": gemv.MOST_TOKENS, "skinny": skinny.MOST_TOKENS, "wide": wide.MOST_TOKENS, "cublas": 1 << 30
+}  # fmt: skip
 
 Table = dict[str, dict[tuple[int, int], list[Row]]]
 """The rows of each op and shape (in, out), by rising number of tokens."""
@@ -85,12 +87,12 @@ def _fitting(choice: Choice, device: torch.device, op: str, in_features: int, ou
         if not gemv.fits(tile, in_features, tokens, paired):
             tile = gemv.default(op, in_features, out_features, tokens)
         return Choice("gemv", tile)
-    if choice.kernel == "skinny":
-        gpu = capability(device)
-        default = skinny.default(op, in_features, out_features, tokens, gpu)
+    if choice.kernel in ("skinny", "wide"):
+        family, gpu = skinny if choice.kernel == "skinny" else wide, capability(device)
+        default = family.default(op, in_features, out_features, tokens, gpu)
         for tile in (choice.tile or default, default):
-            if skinny.fits(tile, in_features, out_features, tokens, 2, op == "gated", gpu):
-                return Choice("skinny", tile)
+            if family.fits(tile, in_features, out_features, tokens, 2, op == "gated", gpu):
+                return Choice(choice.kernel, tile)
     return CUBLAS
 
 
@@ -131,7 +133,7 @@ def _row(entry: Any) -> Row:
     return Row(entry["op"], entry["in"], entry["out"], entry["tokens"], Choice(kernel, tile))
 
 
-def _tile(kernel: str, values: Any) -> gemv.Tile | skinny.Tile:
+def _tile(kernel: str, values: Any) -> gemv.Tile | skinny.Tile | wide.Tile:
     if kernel not in _TILES:
         raise ValueError(f"{kernel} has no tile")
     known = _TILES[kernel].__annotations__

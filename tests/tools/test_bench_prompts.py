@@ -1,0 +1,52 @@
+"""tools/bench_prompts.py without a GPU: what it counts, and what it calls wrong."""
+
+import pytest
+import torch
+
+from lite_llm import LLM
+from lite_llm.ops import reference
+from tools import bench_prompts
+from tools.bench_prompts import Work
+
+WORK = Work("small", [5, 3], [2, 0], (4, 2), 16, scattered=True)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(bench_prompts, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_prompts, "randn", torch.randn)
+
+
+def test_operations_are_those_that_a_causal_mask_leaves():
+    seen = [3, 4, 5, 6, 7] + [1, 2, 3]
+    assert WORK.flops == 4 * sum(seen) * 4 * 16
+    assert WORK._replace(causal=False).flops == 4 * (5 * 7 + 3 * 3) * 4 * 16
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_are_compared_with_plain_torch(causal):
+    made = bench_prompts.make(WORK)
+    out = reference.attend(*made.args(), None, causal)
+    assert bench_prompts.off(made, causal, out) < 1e-5
+    assert bench_prompts.off(made, not causal, out) > 0.1
+    out[3] *= 1.5
+    assert bench_prompts.off(made, causal, out) > bench_prompts.OFF
+
+
+def test_first_tokens_are_timed_behind_a_gate(monkeypatch):
+    monkeypatch.setattr(bench_prompts, "LENGTHS", {"tiny-llama-3.2-1b": (8, 40)})
+    monkeypatch.setattr(bench_prompts, "GATED", (5, 30))
+    found = bench_prompts.firsts("tiny-llama-3.2-1b", rounds=2, roof=1e12)
+    assert found["gate"]["wrong"] is None and found["gate"]["answers"] == 2
+    assert [row["tokens"] for row in found["rows"]] == [8, 40]
+    assert all(row["ms"] > 0 and len(row["ms_rounds"]) == 2 for row in found["rows"])
+
+
+def test_the_floor_counts_matmuls_attention_and_one_row_of_logits():
+    with LLM(shape="tiny-llama-3.2-1b", random_weights=True, max_requests=1, context=64, say=lambda text: None) as llm:
+        cfg, n = llm.cfg, 7
+        q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+        layer = cfg.hidden * (q + 2 * kv) + q * cfg.hidden + 3 * cfg.hidden * cfg.ffn
+        attention = sum(4 * q * seen for seen in range(1, n + 1))
+        want = cfg.num_layers * (2 * n * layer + attention) + 2 * cfg.hidden * cfg.vocab
+        assert bench_prompts.flops(llm, n) == want

@@ -1,0 +1,267 @@
+"""Time prompts on this GPU: attention alone against cuDNN's, and whole first tokens against the matmuls' floor.
+
+    python tools/bench_prompts.py [--only attention first] [--shape llama-3.2-1b ...] [--json FILE]
+
+Attention: medians of graph replays; TFLOP/s of what a causal mask leaves; "portable" is the kernel for GPUs other than
+Hopper; cuDNN through torch, dense, on the same keys and values. A row counts only if some of its results agree with
+plain torch in fp32. First tokens: one request, by the clock, from the call to the token, random weights, no prefix
+cached; the floor is the FLOP of its matmuls and its attention at the rate of a large matmul in the same run. A shape
+counts only if the first tokens are those of the reference ops, up to rounding. Exit code 1 if anything is wrong.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
+
+from lite_llm import LLM, ops
+from lite_llm.engine.roofline import matmul_rate
+from lite_llm.models import shapes
+from lite_llm.ops.triton import attention
+from tools import bench_peers as peers
+from tools.bench_ops import DEVICE, DTYPE, randn, timed
+from tools.environment import environment
+
+STEP_TOKENS = 8192  # of a step: no prompt here is read in pieces
+GATED = 300, 77, 1024  # tokens of the prompts that are compared with the reference
+CHECKED, OFF = 48, 0.01  # rows of a result that are computed in fp32; how far they may be off, relatively
+VLLM_FIRST_MS = {
+    "llama-3.2-1b": {128: 4.35, 1024: 7.53, 4096: 18.9},
+    "qwen2.5-3b": {128: 6.97, 1024: 15.3, 4096: 45.3},
+    "llama-3.1-8b": {128: 9.07, 1024: 26.9, 4096: 103.0},
+}
+"""As `peers.VLLM_SOURCE` says, one request."""
+LENGTHS = {"llama-3.2-1b": (128, 512, 640, 1024, 2048, 4096), "llama-3.1-8b": (128, 1024, 2048, 4096, 8192)}
+
+
+class Work(NamedTuple):
+    """`new` tokens of each request behind `old` cached ones, in slots of random order or in a row."""
+
+    name: str
+    new: Sequence[int]
+    old: Sequence[int]
+    heads: tuple[int, int]  # of queries, of keys and values
+    head_dim: int
+    scattered: bool = False
+    causal: bool = True
+    reach: float | None = None  # of cuDNN's rate
+
+    @property
+    def flops(self) -> int:
+        pairs = sum(n * (n + o) - (n * (n - 1) // 2 if self.causal else 0) for n, o in zip(self.new, self.old))
+        return 4 * pairs * self.heads[0] * self.head_dim
+
+
+GQA = (32, 8)
+WORKS = (
+    Work("4 x 2,048", [2048] * 4, [0] * 4, GQA, 128, reach=1.0),
+    Work("8,192", [8192], [0], GQA, 128, reach=1.05),
+    Work("16,384", [16384], [0], GQA, 128, reach=1.05),
+    Work("4 x 4,096", [4096] * 4, [0] * 4, GQA, 64, reach=1.0),
+    Work("8,192, 32 heads over 32", [8192], [0], (32, 32), 128),
+    Work("8,192, not causal", [8192], [0], GQA, 128, causal=False),
+    Work("8,192, random slots", [8192], [0], GQA, 128, scattered=True),
+    Work("4 x 4,096, random slots", [4096] * 4, [0] * 4, GQA, 64, scattered=True),
+    Work("64 prompts of 32 to 2,048", [32 + 32 * i for i in range(64)], [0] * 64, GQA, 128),
+    Work("2,048 over 30,720", [2048], [30720], GQA, 128),
+    Work("2,048 over 30,720, random slots", [2048], [30720], GQA, 128, scattered=True),
+    Work("8 x 577, not causal", [577] * 8, [0] * 8, (16, 16), 64, scattered=True, causal=False),
+    Work("512", [512], [0], GQA, 128),
+    Work("1,024", [1024], [0], GQA, 64),
+)
+
+
+class Made(NamedTuple):
+    q: Tensor
+    pools: tuple[Tensor, Tensor]
+    table: Tensor
+    rows: Tensor
+    q_start: Tensor
+    kv_len: Tensor
+
+    def args(self) -> tuple:
+        return self.q, *self.pools, self.table, self.rows, self.q_start, self.kv_len, 0, self.q.shape[2] ** -0.5
+
+
+def make(work: Work) -> Made:
+    lengths = [n + o for n, o in zip(work.new, work.old)]
+    ints = dict(dtype=torch.int32, device=DEVICE)
+    order = 1 + (torch.randperm if work.scattered else torch.arange)(sum(lengths), **ints)
+    table = torch.zeros(len(lengths), max(lengths), **ints)
+    for row, part in zip(table, order.split(lengths)):
+        row[: len(part)] = part
+    heads, kv_heads = work.heads
+    pools = tuple(randn(sum(lengths) + 1, kv_heads, work.head_dim) for _ in "kv")
+    start = torch.tensor([0, *work.new], device=DEVICE).cumsum(0).int()
+    q = randn(sum(work.new), heads, work.head_dim)
+    return Made(q, pools, table, torch.arange(len(lengths), **ints), start, torch.tensor(lengths, **ints))
+
+
+def portable(made: Made, causal: bool) -> Tensor:
+    out = torch.empty_like(made.q)
+    attention._advance(*made.args()[:3], out, *made.args()[3:], None, causal)
+    return out
+
+
+def off(made: Made, causal: bool, out: Tensor) -> float:
+    """How far some rows are from plain torch in fp32, as a share of their size."""
+    group = made.q.shape[1] // made.pools[0].shape[1]
+    got, want = [], []
+    for token in torch.randint(len(out), (CHECKED,)).tolist():
+        b = int((made.q_start <= token).sum()) - 1
+        length = int(made.kv_len[b])
+        seen = length - (int(made.q_start[b + 1]) - 1 - token) if causal else length
+        slots = made.table[b, :seen].long()
+        k, v = (pool[slots].float().repeat_interleave(group, 1) for pool in made.pools)
+        weights = (torch.einsum("hd,khd->hk", made.q[token].float(), k) * made.q.shape[2] ** -0.5).softmax(-1)
+        got.append(out[token].float())
+        want.append(torch.einsum("hk,khd->hd", weights, v))
+    got, want = torch.stack(got), torch.stack(want)
+    return ((got - want).norm() / want.norm()).item()
+
+
+def cudnn(made: Made, causal: bool) -> float | None:
+    """Seconds on the same keys and values, dense; the faster of two ways to share heads. None if it refuses."""
+    batch, group = len(made.rows), made.q.shape[1] // made.pools[0].shape[1]
+    q = made.q.unflatten(0, (batch, -1)).transpose(1, 2).contiguous()
+    k, v = (pool[1:].unflatten(0, (batch, -1)).transpose(1, 2).contiguous() for pool in made.pools)
+    ways = [((k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)), {}), ((k, v), {"enable_gqa": True})]
+    found = []
+    for kv, more in ways:
+        call = lambda kv, m=more: F.scaled_dot_product_attention(q, *kv, is_causal=causal, **m)  # noqa: E731
+        try:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                found.append(timed(call, [kv]))
+        except RuntimeError:
+            continue
+    return min(found, default=None)
+
+
+def attentions() -> Iterator[dict]:
+    for work in WORKS:
+        made = make(work)
+        ours = lambda made, c=work.causal: ops.attend(*made.args(), None, c)  # noqa: E731
+        wrong = max(off(made, work.causal, call) for call in (ours(made), portable(made, work.causal)))
+        rate = lambda seconds: work.flops / seconds / 1e12  # noqa: B023, E731
+        row = {
+            "work": work.name, "heads": work.heads, "head_dim": work.head_dim, "reach": work.reach, "off": wrong,
+            "tflop_s": rate(timed(ours, [made])),
+            "portable_tflop_s": rate(timed(lambda made, c=work.causal: portable(made, c), [made])),
+        }  # fmt: skip
+        alike = len(set(work.new)) == 1 and not any(work.old) and not work.scattered
+        seconds = cudnn(made, work.causal) if alike else None
+        yield row | {"cudnn_tflop_s": rate(seconds) if seconds else None}
+
+
+def firsts(shape: str, rounds: int, roof: float) -> dict:
+    """First tokens of one request: milliseconds by the length of its prompt."""
+    lengths = LENGTHS.get(shape, (128, 1024, 4096))
+    options = dict(shape=shape, random_weights=True, prefix_cache=False, step_tokens=STEP_TOKENS, max_requests=4)
+    with ops.use("reference"), LLM(**options, context=max(GATED) + 8, cuda_graphs=False) as llm:
+        right = told(llm, logprobs=2 * peers.GATE_TOP_K)
+    with LLM(**options, context=max(lengths) + 8) as llm:
+        gate = peers.gate(told(llm), right, sampled=False)
+        rows = []
+        for length in lengths:
+            times = []
+            for i in range(rounds + 1):
+                prompt = random_prompt(llm, length, seed=i)
+                start = time.perf_counter()
+                llm.generate([prompt], peers.wish(False, 1))
+                times.append((time.perf_counter() - start) * 1e3)
+            ms, floor = statistics.median(times[1:]), flops(llm, length) / roof * 1e3
+            theirs = VLLM_FIRST_MS.get(shape, {}).get(length)
+            rows.append({"tokens": length, "ms": ms, "ms_rounds": times[1:], "floor_ms": floor, "vllm_ms": theirs})
+    return {"shape": shape, "gate": gate, "rows": rows}
+
+
+def told(llm: LLM, logprobs: int | None = None) -> list:
+    asks = [random_prompt(llm, length, seed=length) for length in GATED]
+    return llm.generate(asks, peers.wish(False, 1, logprobs=logprobs))
+
+
+def random_prompt(llm: LLM, length: int, seed: int) -> list[int]:
+    return torch.randint(llm.cfg.vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def flops(llm: LLM, tokens: int) -> int:
+    """Of the matmuls and the causal attention of a prompt, and of one row of logits."""
+    cfg, model = llm.cfg, llm.engine.model
+    blocks = sum(p.numel() for block in model.blocks for p in block.parameters() if p.dim() == 2)
+    attend = 2 * cfg.num_layers * cfg.heads * cfg.head_dim * tokens * (tokens + 1)
+    return 2 * tokens * blocks + attend + 2 * cfg.hidden * cfg.vocab
+
+
+def tables(record: dict) -> Iterator[Table]:
+    if record["attention"]:
+        yield (made := Table(title="attention of prompts, TFLOP/s"))
+        for name in ("tokens", "heads", "of", "ours", "portable", "cuDNN", "ours / cuDNN", "to reach", "off"):
+            made.add_column(name)
+        for row in record["attention"]:
+            theirs = row["cudnn_tflop_s"]
+            cells = (f"{theirs:.0f}", f"{row['tflop_s'] / theirs:.3f}") if theirs else ("", "")
+            made.add_row(
+                row["work"], "{} / {}".format(*row["heads"]), f"{row['head_dim']}", f"{row['tflop_s']:.0f}",
+                f"{row['portable_tflop_s']:.0f}", *cells, f"{row['reach'] or ''}", f"{row['off']:.4f}",
+            )  # fmt: skip
+    for found in record["first"]:
+        yield (made := Table(title=f"{found['shape']}: first token of one prompt"))
+        for name in ("tokens", "ms", "lowest to highest", "floor", "floor / ms", "vLLM 0.22.1", "its ms / ms"):
+            made.add_column(name, justify="right")
+        for row in found["rows"]:
+            ms, theirs = row["ms"], row["vllm_ms"]
+            made.add_row(
+                f"{row['tokens']:,}", f"{ms:.2f}", f"{min(row['ms_rounds']):.2f} to {max(row['ms_rounds']):.2f}",
+                f"{row['floor_ms']:.2f}", f"{row['floor_ms'] / ms:.2f}",
+                *((f"{theirs:g}", f"{theirs / ms:.2f}") if theirs else ("", "")),
+            )  # fmt: skip
+        made.caption = found["gate"]["wrong"] or "first tokens are those of the reference, up to rounding"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", default=["attention", "first"], choices=("attention", "first"))
+    parser.add_argument("--shape", nargs="+", default=list(VLLM_FIRST_MS), choices=shapes.shape_names(), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("error: no GPU that torch can use", file=sys.stderr)
+        return 3
+    torch.manual_seed(0)
+    roof = matmul_rate(DEVICE, DTYPE)
+    record = environment() | {"matmul_tflop_s": roof / 1e12, "vllm": peers.VLLM_SOURCE, "attention": [], "first": []}
+    steps: list[Callable[[], None]] = []
+    if "attention" in args.only:
+        steps.append(lambda: record["attention"].extend(attentions()))
+    if "first" in args.only:
+        steps += [lambda s=shape: record["first"].append(firsts(s, args.rounds, roof)) for shape in args.shape]
+    for step in steps:
+        step()
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{record['gpu']}: matmul {roof / 1e12:.0f} TFLOP/s")
+    for table in tables(record):
+        Console(width=120).print(table)
+    wrong = [found["gate"]["wrong"] for found in record["first"] if found["gate"]["wrong"]]
+    wrong += [f"attention, {row['work']}: off by {row['off']:.3f}" for row in record["attention"] if row["off"] > OFF]
+    for line in wrong:
+        print(f"WRONG: {line}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
