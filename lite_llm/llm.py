@@ -241,8 +241,7 @@ class LLM:
                 own = dataclasses.replace(params, n=1, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
                 if index:
                     own = dataclasses.replace(own, prompt_logprobs=None)  # the first one tells them
-                state = own.grammar.start() if own.grammar is not None else None
-                request = Request(list(asked.ids), own, stops, limit, asked.pictures, salt, deadline, state)
+                request = Request(list(asked.ids), own, stops, limit, asked.pictures, salt, deadline)
                 self.engine.add(request)
                 streams.append(Answer(name, index, request, self.tokenizer))
         except UsageError:

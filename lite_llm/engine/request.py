@@ -166,7 +166,7 @@ class Request:
     pictures: tuple[tuple[int, Tiles], ...] = ()  # and the first of each one's placeholders in `ids`; in order
     salt: str = ""  # requests of another salt share no cached prefix with this one
     deadline: float | None = None  # moment of `time.monotonic` at which it ends, wherever it is
-    constraint: Constraint | None = None  # of the answer; its own, for it follows `ids`
+    constraint: Constraint | None = None  # its own state of `params.grammar`, for it follows `ids`
     prompt_len: int = -1
     cached: int = 0  # tokens whose K and V are in the pool, or will be by the steps under way
     flying: int = 0  # tokens that the steps under way will bring
@@ -189,6 +189,8 @@ class Request:
     def __post_init__(self):
         if self.prompt_len < 0:
             self.prompt_len = len(self.ids)
+        if self.params.grammar is not None and self.constraint is None:
+            self.constraint = self.params.grammar.start()
 
     @property
     def output(self) -> list[int]:

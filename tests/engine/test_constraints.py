@@ -55,10 +55,8 @@ def masked(tokens: list[int]) -> np.ndarray:
 
 
 def held(prompt: list[int], rule: int = 2, **wishes) -> Request:
-    """A constrained request, as `LLM` makes it."""
-    request = ask(prompt, (STOP,), **{"max_tokens": 12, "grammar": HashedGrammar(rule), **wishes})
-    request.constraint = request.params.grammar.start()
-    return request
+    """A constrained request."""
+    return ask(prompt, (STOP,), **{"max_tokens": 12, "grammar": HashedGrammar(rule), **wishes})
 
 
 def expected(request: Request) -> tuple[list[int], str]:
