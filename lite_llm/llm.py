@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from lite_llm.outputs import Delta, InFlight, Output, Timings, Usage
 from lite_llm.prompts import Encoded, Message, Prompt, Reader, tower_of
 from lite_llm.text import Tokenizer
 from lite_llm.text.fetch import Fetcher, Gone
+from lite_llm.text.grammar import GrammarCompiler
 from lite_llm.text.images import Picture
 from lite_llm.text.processor import Processor
 from lite_llm.weights.files import open_checkpoint
@@ -312,6 +314,13 @@ class LLM:
         template takes none. Once `gone` says that nobody waits any more, no download goes on.
         """
         return self._reader.read(prompt, tools, gone)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Makes what answers must be, for `SamplingParams.grammar`; from any thread."""
+        if self.tokenizer is None:
+            raise UsageError(f"{self.name} has no tokenizer, without which there are no grammars")
+        return GrammarCompiler(self.tokenizer, self.cfg.vocab, self.eos_ids)
 
     def open(self, source: "PictureSource | Picture") -> Picture:
         """A picture for a message: a path, bytes, a data URL, a PIL image, and where `fetcher` was given, a URL.

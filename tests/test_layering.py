@@ -36,6 +36,7 @@ ONLY_IN = {
     "torch.distributed": ("lite_llm/parallel.py",),
     "transformers": ("lite_llm/text/", "tools/", "benchmark.py"),
     "tokenizers": ("lite_llm/text/", "tools/", "benchmark.py"),
+    "llguidance": ("lite_llm/text/",),
     "prompt_toolkit": ("lite_llm/cli/", "tools/", "benchmark.py"),
     "rich": ("lite_llm/cli/", "tools/", "benchmark.py"),
     **dict.fromkeys(
@@ -56,7 +57,7 @@ ONLY_IN = {
 }
 HEAVY = {  # worth an import inside a function; anything else stands at the top
     "torch", "triton", "transformers", "tokenizers", "huggingface_hub", "safetensors", "numpy", "jinja2", "PIL", "rich",
-    "prompt_toolkit", "fastapi", "starlette", "uvicorn", "ray",
+    "prompt_toolkit", "fastapi", "starlette", "uvicorn", "ray", "llguidance",
 }  # fmt: skip
 LAZY = {"cli", "llm", "server", "text", "__init__", "__main__"}  # may import our own packages, for these bring torch
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -23,7 +23,7 @@ from lite_llm.engine.request import Request
 from lite_llm.engine.runner import Piece, Runner, Shape
 from lite_llm.engine.scheduler import Plan, Scheduler
 from lite_llm.engine.slots import SlotPool
-from lite_llm.engine.state import MAX_STOPS, DeviceState
+from lite_llm.engine.state import MAX_STOPS, DeviceState, words_of
 from lite_llm.engine.vision import Encoder, check_pictures
 from lite_llm.errors import UsageError
 from lite_llm.ops import warm
@@ -122,6 +122,10 @@ class Engine:
             raise UsageError("the prompt is empty; expected at least one token")
         if len(request.stop_ids) > MAX_STOPS:
             raise UsageError(f"{len(request.stop_ids)} stop tokens; expected at most {MAX_STOPS}")
+        if request.constraint is not None and len(request.constraint.allowed) != words_of(self.cfg.vocab):
+            raise UsageError(
+                "the grammar was made for a model with another vocabulary", "make it with this model's LLM"
+            )
         check_pictures(self.cfg, request)
         request.max_len = min(request.max_len, self.cfg.max_len)
         self.scheduler.add(request)
@@ -147,7 +151,12 @@ class Engine:
                 with self._on_stream():  # the device may have counted the step
                     self.state.step.fill_(self._line)
                 raise
-        due = self.ahead if plan else max(len(self.flights) - 1, 0)
+        if not plan:
+            due = max(len(self.flights) - 1, 0)
+        elif all(request.constraint is not None for request, _ in plan):
+            due = 0  # no step could be planned meanwhile, or only one for a part of them
+        else:
+            due = self.ahead
         while self.flights and (len(self.flights) > due or self.flights[0].is_here):
             flight = self.flights.popleft()
             try:
@@ -176,6 +185,7 @@ class Engine:
         requests = [request for request, _ in plan]
         self.state.join([request for request in requests if request.written == 0])
         self.state.extend(requests)
+        self.state.allow([request for request, n in plan if request.constraint is not None and n == request.pending])
         rows = [request.row for request, _ in plan if request.decoding]
         prompts = [_piece(request, n) for request, n in plan[len(rows) :]]
         shape = self.runner.fit(len(rows), len(prompts), sum(n for _, n in plan) - len(rows))

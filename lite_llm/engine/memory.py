@@ -81,7 +81,7 @@ def plan_memory(
         rows = config.max_requests + 1
         logits = 2 * rows * cfg.vocab * (2 * item + 4 * 2)  # a step may hold as many prompts as decodes
         logits += (config.max_requests * item + MOST_REVEALED * (item + 4 * 2)) * cfg.vocab
-        tables = rows * (4 * context + 8 * cfg.vocab) + 4 * context * cfg.rope.rotary
+        tables = rows * (4 * context + 8 * cfg.vocab + cfg.vocab // 8) + 4 * context * cfg.rope.rotary
         tokens = config.step_tokens + config.max_requests
         partial = partial_sums(cfg, config.max_requests, context) if device.type == "cuda" else 0
         pictures = vision.workspace(cfg, item, tokens) if cfg.vision is not None else 0

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from lite_llm.engine.constraint import Constraint, Grammar
 from lite_llm.errors import UsageError, shown
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class SamplingParams:
     """
 
     max_tokens: int | None = None  # of the answer; None: the rest of the context
-    min_tokens: int = 0  # no stop token before the answer has this many
+    min_tokens: int = 0  # no stop token before the answer has this many, unless `grammar` lets nothing else follow
     temperature: float | None = None  # 0: greedy
     top_k: int | None = None  # 0: all tokens
     top_p: float | None = None
@@ -61,6 +62,7 @@ class SamplingParams:
     logprobs: int | None = None  # how many alternatives to report per token; 0: the chosen token only
     prompt_logprobs: int | None = None  # the same of the prompt's tokens but the first
     n: int = 1  # answers per prompt; answer i uses seed + i
+    grammar: Grammar | None = None  # what the answer must be, unless a stop or max_tokens cuts it: see `LLM.grammars`
 
     def __post_init__(self):
         for name, (kind, low, high) in _RANGES.items():
@@ -72,6 +74,10 @@ class SamplingParams:
             object.__setattr__(self, name, kind(value))
         if type(self.ignore_eos) is not bool:
             raise UsageError(f"ignore_eos = {shown(self.ignore_eos)}; expected True or False")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise UsageError(f"grammar is a {type(self.grammar).__name__}; expected what LLM.grammars makes")
+        if self.grammar is not None and self.ignore_eos:
+            raise UsageError("ignore_eos = True; an answer with a grammar ends where the grammar does")
         stop = (self.stop,) if isinstance(self.stop, str) and self.stop else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop) or len(stop) > 16:
             raise UsageError(f"stop = {shown(self.stop)}; expected at most 16 strings, none empty")
@@ -160,6 +166,7 @@ class Request:
     pictures: tuple[tuple[int, Tiles], ...] = ()  # and the first of each one's placeholders in `ids`; in order
     salt: str = ""  # requests of another salt share no cached prefix with this one
     deadline: float | None = None  # moment of `time.monotonic` at which it ends, wherever it is
+    constraint: Constraint | None = None  # its own state of `params.grammar`, for it follows `ids`
     prompt_len: int = -1
     cached: int = 0  # tokens whose K and V are in the pool, or will be by the steps under way
     flying: int = 0  # tokens that the steps under way will bring
@@ -182,6 +189,8 @@ class Request:
     def __post_init__(self):
         if self.prompt_len < 0:
             self.prompt_len = len(self.ids)
+        if self.params.grammar is not None and self.constraint is None:
+            self.constraint = self.params.grammar.start()
 
     @property
     def output(self) -> list[int]:
@@ -217,6 +226,19 @@ class Request:
         return len(self.ids) + self.flying - self.cached
 
     @property
+    def min_len(self) -> int:
+        """Tokens, prompt and answer together, that it has when a stop token may first end it.
+
+        Under a constraint any stop token that was sampled does: what is sent as allowed has none where it is too early.
+        """
+        return self.prompt_len + (self.params.min_tokens if self.constraint is None else 0)
+
+    @property
+    def unread(self) -> bool:
+        """Whether what it may say next depends on a token that is still on its way."""
+        return self.constraint is not None and self.flying > 0
+
+    @property
     def decoding(self) -> bool:
         """Whether its next step needs nothing from the CPU."""
         return self.held == self.cached
@@ -248,8 +270,8 @@ class Request:
     def adjusted(self) -> bool:
         """Whether its next token takes more than the model's logits as they are."""
         p = self.params
-        few = self.output_len + self.flying < p.min_tokens
-        return p.penalized or few or bool(p.logit_bias) or p.logprobs is not None
+        few = len(self.ids) + self.flying < self.min_len
+        return p.penalized or few or bool(p.logit_bias) or p.logprobs is not None or self.constraint is not None
 
     def append(self, token: int) -> None:
         """Add a sampled token and end the request if that was its last. -1 is a row without a usable logit."""
@@ -258,10 +280,12 @@ class Request:
             return
         self.first_token = self.first_token or time.monotonic()
         self.ids.append(token)
-        if token in self.stop_ids and self.output_len > self.params.min_tokens:
+        if token in self.stop_ids and len(self.ids) > self.min_len:
             self.end("stop")
         elif len(self.ids) >= self.max_len:
             self.end("length")
+        elif self.constraint is not None:
+            self.constraint.advance(token)
 
     def end(self, reason: str) -> None:
         self.finish_reason, self.ended = reason, time.monotonic()

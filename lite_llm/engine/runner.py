@@ -140,8 +140,8 @@ class Runner:
         self._sent = None if prompts else (shape, list(rows))
 
     def run(self, shape: Shape, adjusted: bool, reveal: bool = False) -> None:
-        """One step; `adjusted`: some request has penalties, biases, a least length, or wants logprobs. `reveal` keeps
-        the logits of all tokens of prompts, for at most MOST_REVEALED of them; no graph does."""
+        """One step; `adjusted`: some request has penalties, biases, a least length or a constraint, or wants logprobs.
+        `reveal` keeps the logits of all tokens of prompts, for at most MOST_REVEALED of them; no graph does."""
         graph = self.graphs.get((shape, adjusted))
         if graph is not None and not reveal:
             graph.replay()
@@ -211,7 +211,7 @@ class Runner:
             logits = logits.to(torch.float32, copy=True)
             ops.adjust_(
                 logits, rows, positions, s.counts, s.bias, s.biased, s.repetition, s.presence, s.frequency,
-                s.stop_ids, s.min_len,
+                s.stop_ids, s.min_len, s.allowed, s.constrained,
             )  # fmt: skip
         chosen = ops.sample(logits, rows, positions, s.temperature, s.top_k, s.top_p, s.min_p, s.seeds, self.usable)
         ops.advance_(

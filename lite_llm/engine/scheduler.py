@@ -94,7 +94,7 @@ class Scheduler:
         plan: Plan = []
         spare, prompts = self._spare(), self.prompts
         for request in list(self.running):
-            if request.row is None or request.satisfied or not (request.decoding or prompts):
+            if request.row is None or request.satisfied or request.unread or not (request.decoding or prompts):
                 continue  # preempted for an older one this step, or done but for its last token, or not now
             n = self._grow(request, 1 + spare)
             if n:

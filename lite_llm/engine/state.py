@@ -11,7 +11,7 @@ from lite_llm.ops.reference.sampling import PROMPT
 MAX_STOPS = 64
 """Most stop tokens of a request."""
 
-_INTS = ("last", "length", "ended", "min_len", "max_len", "top_k", "counting", "biased")
+_INTS = ("last", "length", "ended", "min_len", "max_len", "top_k", "counting", "biased", "constrained")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 
 
@@ -19,7 +19,8 @@ class DeviceState:
     """One vector of `rows` numbers for each fact of a request; the last row is nobody's, and pads use it.
 
     The device writes `last`, `length`, `ended`, `counts`, `ring` and `step` itself, step by step. The CPU writes to a
-    row when its request joins, and to the table when a request gets slots: small edits between two steps.
+    row when its request joins, to the table when a request gets slots, and to `allowed` before every token that a
+    constraint speaks of: small edits between two steps.
     """
 
     def __init__(self, max_requests: int, max_len: int, vocab: int, depth: int, device: torch.device):
@@ -35,6 +36,7 @@ class DeviceState:
         self.ended = at["ended"]  # 1: the request has ended, and is skipped until the CPU knows
         self.min_len, self.max_len = at["min_len"], at["max_len"]  # in tokens, prompt and answer
         self.counting, self.biased = at["counting"], at["biased"]  # 1: penalties, biases matter here
+        self.constrained = at["constrained"]  # 1: only what `allowed` says is sampled
         self.top_k = at["top_k"]
         floats = {name: at[name].view(torch.float32) for name in _FLOATS}
         self.temperature, self.top_p, self.min_p = floats["temperature"], floats["top_p"], floats["min_p"]
@@ -44,6 +46,7 @@ class DeviceState:
         self.stop_ids = torch.full((rows, MAX_STOPS), -1, **ints)  # -1: unused
         self.counts = torch.zeros(rows, vocab, **ints)  # occurrences in the output; flag PROMPT: in the prompt
         self.bias = torch.zeros(rows, vocab, dtype=torch.float32, device=device)
+        self.allowed = torch.zeros(rows, words_of(vocab), **ints)  # a bit for each token; read where constrained
         self.step = torch.zeros(1, **ints)  # the line of the ring that the last step wrote to
         # The device writes each step's tokens straight into the CPU's memory, in turn.
         self.ring = torch.zeros(depth, 2 * rows, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -63,11 +66,12 @@ class DeviceState:
             [r.ids[-1] if one else 0 for r, one in zip(requests, known, strict=True)],
             [r.cached for r in requests],
             [0] * len(requests),
-            [min(r.prompt_len + r.params.min_tokens, 2**31 - 1) for r in requests],
+            [min(r.min_len, 2**31 - 1) for r in requests],
             [min(r.max_len, 2**31 - 1) for r in requests],
             [p.top_k for p in params],
             [int(p.penalized) for p in params],
             [int(bool(p.logit_bias)) for p in params],
+            [int(r.constraint is not None) for r in requests],
         ]
         heat = [0.0 if p.greedy else p.temperature for p in params]
         floats = [heat, *([getattr(p, name) for p in params] for name in ("top_p", "min_p"))]
@@ -103,6 +107,13 @@ class DeviceState:
             bias[list(request.params.logit_bias)] = list(request.params.logit_bias.values())
             self.bias[request.row] = self.upload({"bias": bias.view(np.int32)})["bias"].view(torch.float32)
 
+    def allow(self, requests: list[Request]) -> None:
+        """Write what the next tokens of constrained requests may be."""
+        if requests:
+            pieces = {"rows": np.array([r.row for r in requests], dtype=np.int32)}
+            t = self.upload(pieces | {"allowed": np.stack([_allowed(request) for request in requests])})
+            self.allowed.index_copy_(0, t["rows"].long(), t["allowed"].view(len(requests), -1))
+
     def extend(self, requests: list[Request]) -> None:
         """Write the slots that the table does not know yet."""
         rows, positions, slots = [], [], []
@@ -124,3 +135,20 @@ class DeviceState:
         if self.device.type == "cuda":
             flat = flat.pin_memory().to(self.device, non_blocking=True)
         return dict(zip(pieces, flat.split([piece.size for piece in pieces.values()]), strict=True))
+
+
+def words_of(vocab: int) -> int:
+    """Words of 32 bits that have a bit for each token."""
+    return -(-vocab // 32)
+
+
+def _allowed(request: Request) -> np.ndarray:
+    """What its constraint allows; before `min_tokens` without stop tokens, unless nothing else may follow."""
+    allowed = request.constraint.allowed
+    if request.output_len < request.params.min_tokens:
+        going_on = allowed.view(np.uint32).copy()
+        for token in request.stop_ids:
+            going_on[token // 32] &= ~np.uint32(1 << token % 32)
+        if going_on.any():
+            return going_on.view(np.int32)
+    return allowed

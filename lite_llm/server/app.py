@@ -20,13 +20,12 @@ import lite_llm
 from lite_llm.errors import shown
 from lite_llm.llm import LLM
 from lite_llm.prompts import Encoded
-from lite_llm.server import schema
+from lite_llm.server import constraints, schema, tools
 from lite_llm.server.answers import ChatForm, TextForm, Vocabulary
 from lite_llm.server.bridge import Bridge
 from lite_llm.server.metrics import CONTENT_TYPE, Metrics
 from lite_llm.server.refusals import Refusal, refusal_of
 from lite_llm.server.reply import ClientGone, Reply, Task, off_loop, read_body
-from lite_llm.server.tools import Toolbox, ignored_of, name_results
 from lite_llm.text.fetch import Gone
 from lite_llm.text.images import take_pictures
 
@@ -50,7 +49,8 @@ class Server:
         self._prompt, self._tokenizer, self.context = llm.read, llm.tokenizer, llm.cfg.max_len
         self._vocab = llm.cfg.vocab
         self._vocabulary = Vocabulary(llm.tokenizer)
-        self._toolbox = Toolbox(llm.tokenizer)
+        self._toolbox = tools.Toolbox(llm.tokenizer)
+        self._constraints = constraints.Constraints(llm)
 
     def read_chat(self, body: bytes, gone: Gone) -> Task:
         """`gone`: whether the client has left."""
@@ -59,7 +59,8 @@ class Server:
         self._check_model(request.model)
         params, stream = schema.chat_sampling(request), schema.streaming(request)
         offered = self._toolbox.offered(request.tools, request.tool_choice)
-        ignored += ignored_of(request.tools)
+        ignored += tools.ignored_of(request.tools) + constraints.ignored_of(request)
+        params = dataclasses.replace(params, grammar=self._constraints.of_chat(request, offered))
         prompt = self._conversation(request.messages, offered, gone)
         form = ChatForm(self._vocabulary, self._toolbox.reader(offered, only_one=request.parallel_tool_calls is False))
         patience = schema.patience(request, self._most_seconds)
@@ -71,6 +72,8 @@ class Server:
         self._check_model(request.model)
         most = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         params, stream = schema.sampling(request, most, request.logprobs), schema.streaming(request)
+        params = dataclasses.replace(params, grammar=self._constraints.of_answer(request))
+        ignored += constraints.ignored_of(request)
         if request.echo and request.logprobs is not None:
             if stream:
                 raise Refusal(400, "echo with logprobs is not streamed; leave stream, echo or logprobs out", "stream")
@@ -102,14 +105,14 @@ class Server:
         self._check_model(request.model)
         return {"prompt": self._decode("tokens", request.tokens)}
 
-    def _conversation(self, messages: Any, tools: list[dict[str, Any]], gone: Gone | None = None) -> Encoded:
+    def _conversation(self, messages: Any, offered: list[dict[str, Any]], gone: Gone | None = None) -> Encoded:
         if not isinstance(messages, list) or not messages:
             raise Refusal(400, f"messages = {shown(messages)}; expected a list of messages", "messages")
         if strange := [i for i, message in enumerate(messages) if not isinstance(message, dict)]:
             where = f"messages[{strange[0]}]"
             raise Refusal(400, f"{where} = {shown(messages[strange[0]])}; expected an object", where)
         take_pictures(messages, local=False)  # no client names files of this machine
-        return self._prompt(name_results(messages) if tools else messages, tools, gone)
+        return self._prompt(tools.name_results(messages) if offered else messages, offered, gone)
 
     def _decode(self, name: str, tokens: list[int]) -> str:
         for token in tokens:

@@ -20,17 +20,14 @@ _MOST_BRACKETS = 100_000
 
 _NO_TOOLS = "only chats take tools"
 _NO_FUNCTIONS = "it is the old name of tools and tool_choice; send those"
-_NO_GRAMMAR = "constrained answers are not supported yet; leave it out, or use {'type': 'text'}"
+_NO_GRAMMAR = "it is no name for it here; send response_format or structured_outputs"
 _NO_TEMPLATE = "the chat template is the checkpoint's, and requests cannot change it"
 REFUSED = {
     "tools": _NO_TOOLS,
     "tool_choice": _NO_TOOLS,
     "functions": _NO_FUNCTIONS,
     "function_call": _NO_FUNCTIONS,
-    "response_format": _NO_GRAMMAR,
-    **dict.fromkeys(
-        ("grammar", "json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice"), _NO_GRAMMAR
-    ),
+    **dict.fromkeys(("grammar", "json_schema", "guided_json", "guided_regex", "guided_choice"), _NO_GRAMMAR),
     **dict.fromkeys(("guided_grammar", "regex", "ebnf"), _NO_GRAMMAR),
     **dict.fromkeys(("chat_template", "chat_template_kwargs"), _NO_TEMPLATE),
     "audio": "answers are text",
@@ -44,7 +41,6 @@ REFUSED = {
 _MEANS_NOTHING = {  # values that ask for what happens anyway
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "best_of": (1,),
 }
@@ -59,7 +55,10 @@ _PROMPTS = {
 }
 _MESSAGES = {"type": "array", "items": {"type": "object"}, "minItems": 1}
 _TOOLS = {"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
-_CHOICE = {"anyOf": [{"type": "string", "enum": ["none", "auto"]}, {"type": "null"}]}
+_CHOICE = {
+    "anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]
+}  # fmt: skip
+_OBJECT = {"anyOf": [{"type": "object"}, {"type": "null"}]}
 
 
 class _Strict(BaseModel):
@@ -92,6 +91,8 @@ class Wishes(_Strict):
     timeout: float | None = None  # seconds
     cache_salt: str | None = None  # prefixes are shared only with requests of the same one
     n: int | None = None
+    response_format: Any = Field(None, json_schema_extra=_OBJECT)
+    structured_outputs: Any = Field(None, json_schema_extra=_OBJECT)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

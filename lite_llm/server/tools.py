@@ -1,7 +1,7 @@
 """Tools in a chat: what a client offers, checked, and the model's calls as OpenAI has them.
 
-Nothing forces a model to call a tool or to keep to a schema: the template tells it of the tools, and what it writes
-in the checkpoint's form of a call is one.
+The template tells the model of the tools, and what it writes in the checkpoint's form of a call is one. Only where
+`tool_choice` forces a call (`constraints.py`) does a model have to make one, and to keep to the tool's schema.
 """
 
 import json
@@ -34,11 +34,7 @@ class Toolbox:
     def offered(self, tools: Any, choice: Any = None) -> list[dict[str, Any]]:
         """The tools that the model is told of, as templates want them. Refusal for what cannot be honoured."""
         tools = tools_of(tools)
-        if choice not in (None, "none", "auto"):
-            reason = "no answer can be forced to call a tool yet; send 'auto' or 'none'"
-            if choice != "required" and not isinstance(choice, dict):
-                raise Refusal(400, f"tool_choice = {shown(choice)}; expected 'auto' or 'none'", "tool_choice")
-            raise Refusal(400, f"tool_choice = {shown(choice)}: {reason}", "tool_choice", "unsupported")
+        _check_choice(choice, [tool["function"]["name"] for tool in tools])
         if not tools or choice == "none":
             return []
         if not self._takes_tools:
@@ -85,6 +81,22 @@ class Calls:
     def reason(self, finish_reason: str) -> str:
         """An answer that was cut says so, unless it was over before."""
         return "tool_calls" if self.over or self.count and finish_reason == "stop" else finish_reason
+
+
+def _check_choice(choice: Any, names: list[str]) -> None:
+    if choice in (None, "none", "auto"):
+        return
+    field = "tool_choice"
+    if choice == "required":
+        if not names:
+            raise Refusal(400, f"{field} = 'required' without tools", field)
+        return
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        reason = "expected 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
+        raise Refusal(400, f"{field} = {shown(choice)}; {reason}", field)
+    if function["name"] not in names:
+        raise Refusal(400, f"{field} = {shown(function['name'])}; there is no such tool", field)
 
 
 def _document(index: int, call: Call) -> dict[str, Any]:

@@ -141,6 +141,14 @@ class Tokenizer:
             ids = [token for token in ids if token not in self.special_ids]
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def to_json(self) -> str:
+        """As a tokenizer.json holds it."""
+        return self._backend.to_str()
+
+    def token_id(self, piece: str) -> int | None:
+        """The id of a vocabulary's entry; None if there is none."""
+        return self._backend.token_to_id(piece)
+
     def piece(self, token: int) -> str | None:
         """The vocabulary's entry for an id ("Ġthe", "▁the", "<0x0A>"); None if `decode` skips the id."""
         return self._piece(token)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lite_llm.errors import LiteLLMError
+from lite_llm.text.grammar_sources import CallLayout
 from lite_llm.text.tokenizer import CALL_END, CALL_START, Tokenizer
 
 _PYTHON_TAG = "<|python_tag|>"  # Llama 3.x may write it before a call; a special token, so mostly not in the text
@@ -47,6 +48,8 @@ class CallParser(Protocol):
 
 class MarkedCalls:
     """Calls between `<tool_call>` and `</tool_call>`, of which the last may be missing at the end of the answer."""
+
+    layout = CallLayout((CALL_START, "\n"), "arguments", ("\n", CALL_END), "\n")
 
     def __init__(self, names: Collection[str]):
         """`names` of the tools that were offered; what calls another one is content."""
@@ -124,6 +127,8 @@ class MarkedCalls:
 
 class BareCalls:
     """Calls that are the whole answer, apart by semicolons or whitespace, so that all of them come at its end."""
+
+    layout = CallLayout((), "parameters", (), "; ")
 
     def __init__(self, names: Collection[str]):
         """`names` of the tools that were offered; an answer that calls another one is content."""

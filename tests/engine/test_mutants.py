@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.engine import (
+    test_constraints,
     test_deadlines,
     test_engine,
     test_pictures,
@@ -99,6 +100,15 @@ def pictures() -> None:
     test_pictures.test_swapped_pictures_are_another_prompt()
     test_pictures.test_the_same_pixels_in_another_shape_are_another_picture()
     test_pictures.test_a_prompt_that_ends_in_a_picture_and_is_cached_but_for_its_last_token()
+
+
+def constraints() -> None:
+    for case in ((60, 6, 9, 2, True), (25, 4, 4, 0, False)):
+        test_constraints.test_a_constraint_holds_and_changes_nobody_else(*case)
+    test_constraints.test_preemption_in_every_step(2)
+    test_constraints.test_constrained_requests_alone_share_every_step()
+    test_constraints.test_min_tokens_gives_way_to_a_constraint_that_must_end()
+    test_constraints.test_a_grammar_of_another_model_is_refused()
 
 
 def prompt_logprobs() -> None:
@@ -191,6 +201,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("caught_up = n == request.pending", "caught_up = True", scheduler),
         ("max(len(request.ids) - 1, request.shared)", "len(request.ids)", engine),  # what was never computed is cached
         ("request.row is None or request.satisfied or", "request.row is None or", engine),
+        ("request.satisfied or request.unread or", "request.satisfied or", constraints),
         ("if request.flying:", "if False:", engine),
         ("and self._deadlines[0][0] <= now:", "and self._deadlines[0][0] < now:", deadlines),
         ("is None:\n                self.cancel(request,", "is None:\n                request.end(", deadlines),
@@ -209,10 +220,13 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("if token < 0:", "if token < -1:", engine),
         ("elif len(self.ids) >= self.max_len:", "elif len(self.ids) > self.max_len:", scheduler),
         (
-            "if token in self.stop_ids and self.output_len > self.params.min_tokens:",
+            "if token in self.stop_ids and len(self.ids) > self.min_len:",
             "if token in self.stop_ids[:1]:",
             engine,
         ),
+        ("self.constraint.advance(token)", "pass", constraints),
+        ("if self.constraint is None else 0)", ")", constraints),
+        (" or self.constraint is not None\n", "\n", constraints),
         ("tiles.keys[: max(end - start, 0)]", "self.ids[start : min(start + tiles.tokens, end)]", pictures),
         ("(int(self.digest, 16) + 1) << 32", "1 << 32", pictures),
         ("hashlib.blake2b(repr(self.size).encode(),", "hashlib.blake2b(", pictures),
@@ -236,7 +250,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
             engine,
         ),
         ("if request.params.logit_bias:", "if False:", engine),
-        ("[min(r.prompt_len + r.params.min_tokens,", "[min(r.params.min_tokens,", engine),
+        ("[min(r.min_len,", "[min(r.min_len - r.prompt_len,", engine),
         ("[int(p.penalized) for p in params]", "[0 for p in params]", engine),
         ("[r.cached for r in requests]", "[r.cached + 1 for r in requests]", engine),
         ("[r.ids[-1] if one else 0 for", "[0 for", engine),
@@ -245,6 +259,9 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("request.written = end", "request.written = end + 1", engine),
         ("[request.row] * (end - request.written)", "[0] * (end - request.written)", engine),
         ("self.ended[self.pad_row] = 1", "pass", engine),
+        ("if going_on.any():", "if True:", constraints),
+        ("for token in request.stop_ids:", "for token in ():", constraints),
+        ("[int(r.constraint is not None) for", "[0 for", constraints),
     ],
     "runner": [
         ('arrays["logits_at"][b] = end, end - 1', 'arrays["logits_at"][b] = end, at', engine),
@@ -273,6 +290,9 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("position == len(request.prompt_logprobs) + 1", "True", prompt_logprobs),
         ("at += n\n        return found", "at += 1\n        return found", prompt_logprobs),
         ("request.ids[first + 1 : end + 1]", "request.ids[first:end]", prompt_logprobs),
+        ("is not None and n == request.pending]", "is not None and request.cached == 0]", constraints),
+        ("due = 0  #", "due = self.ahead  #", constraints),
+        ("!= words_of(self.cfg.vocab):", "!= len(request.constraint.allowed):", constraints),
         ("news = self.scheduler.expire(time.monotonic())", "news = []", deadlines),
         ("(len(self.flights) > due or", "(len(self.flights) > due + 1 or", engine),
     ],

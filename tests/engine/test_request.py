@@ -115,7 +115,7 @@ def test_resolved_leaves_nothing_open_and_fresh_seeds_differ():
     for _ in range(20):
         params = SamplingParams().resolved({})
         left = [f.name for f in dataclasses.fields(params) if getattr(params, f.name) is None]
-        assert left == ["max_tokens", "logprobs", "prompt_logprobs"]
+        assert left == ["max_tokens", "logprobs", "prompt_logprobs", "grammar"]
         seeds.add(params.seed)
     assert len(seeds) > 15
     assert SamplingParams(seed=0).resolved({}).seed == 0

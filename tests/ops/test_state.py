@@ -159,6 +159,7 @@ def adjustments(count, owners, vocab, stops=3):
         "biased": biased, "repetition": knob(1.0, 1.3, 0.8), "presence": knob(0.0, 0.5, -2.0),
         "frequency": knob(0.0, 0.1, -0.3), "min_len": random_ints(0, 20, owners),
         "stop_ids": torch.where(random_ints(0, 2, owners, stops) > 0, random_ints(0, vocab, owners, stops), -1),
+        "allowed": random_ints(-(2**31), 2**31 - 1, owners, -(-vocab // 32)), "constrained": random_ints(0, 2, owners),
     }  # fmt: skip
 
 
@@ -173,7 +174,7 @@ def test_adjustments_are_those_of_the_reference(vocab):
     assert_close(got, want, exact)
     assert torch.equal(got[7:], logits[7:])  # pads
     flags = logits.clone()
-    kernels.adjust_(flags, **args | {"biased": args["biased"] > 0})
+    kernels.adjust_(flags, **args | {name: args[name] > 0 for name in ("biased", "constrained")})
     assert torch.equal(flags, got)
 
 
@@ -181,7 +182,7 @@ def test_adjustments_are_those_of_the_reference(vocab):
 def test_neutral_rows_stay_bit_by_bit(backend):
     logits, args = torch.randn(4, 5000, device=DEVICE), adjustments(4, 5, 5000)
     args |= {"biased": full(5, value=0), "bias": args["bias"] * torch.nan, "min_len": full(5, value=0)}
-    args |= {"repetition": torch.ones(5, device=DEVICE)}
+    args |= {"repetition": torch.ones(5, device=DEVICE), "constrained": full(5, value=0)}
     args |= dict.fromkeys(("presence", "frequency"), torch.zeros(5, device=DEVICE))
     got = logits.clone()
     backend.adjust_(got, **args)
@@ -205,13 +206,32 @@ def test_stops_are_banned_until_the_request_is_long_enough(backend):
     args |= {"stop_ids": full(4, 3, value=-1), "biased": ints(1, 0, 0, 1)}
     args["stop_ids"][:, 0], args["stop_ids"][:, 2] = 4095, 8999
     args["bias"] = torch.where(torch.arange(9000, device=DEVICE) == 4095, torch.inf, 0.0).repeat(4, 1)
-    args |= {"repetition": torch.ones(4, device=DEVICE)}
+    args |= {"repetition": torch.ones(4, device=DEVICE), "constrained": full(4, value=0)}
     args |= dict.fromkeys(("presence", "frequency"), torch.zeros(4, device=DEVICE))
     got = logits.clone()
     backend.adjust_(got, **args)
     banned = got == -torch.inf
     assert banned.nonzero().tolist() == [[0, 4095], [0, 8999], [1, 4095], [1, 8999]]
     assert torch.equal(got[~banned], logits[~banned])
+
+
+@both
+def test_only_what_a_constraint_allows_is_left(backend):
+    """Bit by bit, the sign bit of a word included; nothing else is touched, and what is unusable stays so."""
+    logits, args = torch.randn(3, 9000, device=DEVICE), adjustments(3, 4, 9000)
+    args |= {"rows": ints(2, 0, 3), "constrained": ints(1, 0, 1, 1), "biased": full(4, value=0)}
+    args |= {"repetition": torch.ones(4, device=DEVICE), "min_len": full(4, value=0)}
+    args |= dict.fromkeys(("presence", "frequency"), torch.zeros(4, device=DEVICE))
+    args["allowed"].zero_()
+    args["allowed"][2, 0], args["allowed"][2, 128], args["allowed"][2, 281] = -(2**31) + 1, 1 << 5, 1 << 7
+    args["allowed"][0, 1] = 1 << 9
+    logits[1, 41], logits[0, 31], logits[0, 7] = torch.nan, torch.inf, torch.nan
+    got = logits.clone()
+    backend.adjust_(got, **args)
+    for row, left in ((0, [0, 7, 31, 128 * 32 + 5, 8999]), (1, [41])):
+        assert (got[row] != -torch.inf).nonzero().flatten().tolist() == left
+        assert torch.equal(got[row, left].nan_to_num(7.0), logits[row, left].nan_to_num(7.0))
+    assert torch.equal(got[2], logits[2])  # a pad
 
 
 def test_wrong_arguments_are_named():
@@ -227,8 +247,8 @@ def test_wrong_arguments_are_named():
         rows = tensors["rows"].repeat(9)
         with pytest.raises(ValueError, match="expected \\[(36|36 or more)\\]"):
             op(**tensors | {"rows": rows})
-    for name, match in [("counts", "counts: shape"), ("bias", "bias: shape"), ("rows", "rows: shape")]:
-        with pytest.raises(ValueError, match=match):
+    for name in ("counts", "bias", "rows", "allowed"):
+        with pytest.raises(ValueError, match=f"{name}: shape"):
             kernels.adjust_(logits, **args | {name: args[name][..., :-1].contiguous()})
     with pytest.raises(ValueError, match="depth: 0"):
         kernels.decode_inputs_(**decode_state(4, 5), depth=0)

@@ -23,8 +23,7 @@ WRONG = [
     ("messages", [CHAT[0], 5]), ("stream_options", {"include_usage": True}), ("stream_options", 3),
 ]  # fmt: skip
 UNSUPPORTED = [
-    ("tools", [{"type": "function", "function": {"name": "f"}}]), ("tool_choice", "required"),
-    ("response_format", {"type": "json_object"}), ("response_format", {"type": "json_schema", "json_schema": {}}),
+    ("tools", [{"type": "function", "function": {"name": "f"}}]), ("guided_json", {"type": "object"}),
     ("functions", [{"name": "f"}]), ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {"x": 1}),
     ("audio", {"voice": "x"}), ("modalities", ["text", "audio"]), ("guided_regex", "a*"), ("best_of", 4),
     ("prompt_embeds", "AAAA"), ("suffix", "end"),

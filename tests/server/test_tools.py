@@ -231,8 +231,6 @@ def function(**fields) -> list[dict]:
     ({"tools": function(description="x" * (1 << 18))}, "tools"),
     ({"tools": function(parameters=json.loads('{"a":' * 70 + "1" + "}" * 70))}, "tools"),
     ({"tools": [CLOCK], "tool_choice": "always"}, "tool_choice"),
-    ({"tools": [CLOCK], "tool_choice": "required"}, "tool_choice"),
-    ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "tool_choice"),
     ({"tools": [CLOCK], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ({"functions": [{"name": "f"}]}, "functions"),
 ])  # fmt: skip

@@ -24,8 +24,11 @@ def adjust_(
     frequency: Tensor,
     stop_ids: Tensor,
     min_len: Tensor,
+    allowed: Tensor,
+    constrained: Tensor,
 ) -> None:
-    """Apply penalties, then biases, then the ban on early stops, in place to fp32 `logits[N, V]`.
+    """Apply penalties, then biases, then the bans: of early stops, and of what a constraint does not allow; in place
+    to fp32 `logits[N, V]`.
 
     Row n belongs to row r = `rows[n]` (int32) of the tables, whose last row is nobody's: its logits stay as they are.
     `repetition[R]` (arXiv 1909.05858; 1 is none) divides positive and multiplies negative logits of tokens seen in
@@ -33,7 +36,9 @@ def adjust_(
     `frequency[R]` per occurrence there (both as OpenAI's API defines them; 0 is none; all three fp32).
     `bias[r]` (fp32 [R, V]) is added where `biased[r]` (bool or int32 [R]) and not read elsewhere. While `positions[n]`
     (int32), that of the token to be sampled, is below `min_len[r]` (int32), the tokens `stop_ids[r]` (int32 [R, S],
-    -1: unused) become -inf.
+    -1: unused) become -inf. So do, where `constrained[r]` (bool or int32 [R]), those whose bit of `allowed[r]` (int32
+    [R, ceil(V / 32)]) is 0: token t's is bit t % 32 of word t // 32. Elsewhere `allowed` is not read.
+    A constraint hides no NaN: what is unusable stays so, and +inf becomes NaN.
     """
     owned = (rows < len(counts) - 1)[:, None]
     at = rows.long()
@@ -48,6 +53,11 @@ def adjust_(
     hits = torch.zeros(x.shape, dtype=torch.int32, device=x.device)
     hits.scatter_add_(1, stops.clamp(min=0), too_early.int())
     x = torch.where(hits > 0, -torch.inf, x)
+    held = (constrained[at] != 0)[:, None]
+    if held.any():
+        token = torch.arange(x.shape[1], device=x.device)
+        bit = (allowed[at][:, token // 32] >> (token % 32).int()) & 1
+        x = x + torch.where(held & (bit == 0), -torch.inf, 0.0)
     logits.copy_(torch.where(owned, x, logits))
 
 
