@@ -36,6 +36,7 @@ from tools.bench_ops import DEVICE, DTYPE, randn, timed
 from tools.environment import environment
 
 STEP_TOKENS = 8192  # of a step: no prompt here is read in pieces
+ANSWERED = 64  # tokens behind a cached prompt, for the time of a step
 GATED = 300, 77, 1024  # tokens of the prompts that are compared with the reference
 CHECKED, OFF = 48, 0.01  # rows of a result that are computed in fp32; how far they may be off, relatively
 VLLM_FIRST_MS = {
@@ -185,7 +186,27 @@ def firsts(shape: str, rounds: int, roof: float) -> dict:
             ms, floor = statistics.median(times[1:]), flops(llm, length) / roof * 1e3
             theirs = VLLM_FIRST_MS.get(shape, {}).get(length)
             rows.append({"tokens": length, "ms": ms, "ms_rounds": times[1:], "floor_ms": floor, "vllm_ms": theirs})
-    return {"shape": shape, "gate": gate, "rows": rows}
+    found = cached(options | {"context": max(lengths) + ANSWERED + 8}, max(lengths), rounds)
+    return {"shape": shape, "gate": gate, "rows": rows, "cached": found}
+
+
+def cached(options: dict, length: int, rounds: int) -> dict:
+    """Milliseconds to the first token of a prompt that is cached but for its last token, and of a step behind it."""
+    firsts, answers = [], []
+    with LLM(**options | {"prefix_cache": True}) as llm:
+        prompt = random_prompt(llm, length, seed=0)
+        llm.generate([prompt], peers.wish(False, 1))
+        for i in range(rounds + 1):
+            for times, new in ((firsts, 1), (answers, 1 + ANSWERED)):
+                start = time.perf_counter()
+                [output] = llm.generate([[*prompt[:-1], i]], peers.wish(False, new))
+                times.append((time.perf_counter() - start) * 1e3)
+    ms = statistics.median(firsts[1:])
+    step = (statistics.median(answers[1:]) - ms) / ANSWERED
+    return {
+        "tokens": length, "cached_tokens": output.usage.cached_tokens, "ms": ms, "ms_rounds": firsts[1:],
+        "step_ms": step, "reach_ms": 1.5 * step + 2.0,
+    }  # fmt: skip
 
 
 def told(llm: LLM, logprobs: int | None = None) -> list:
@@ -228,7 +249,12 @@ def tables(record: dict) -> Iterator[Table]:
                 f"{row['floor_ms']:.2f}", f"{row['floor_ms'] / ms:.2f}",
                 *((f"{theirs:g}", f"{theirs / ms:.2f}") if theirs else ("", "")),
             )  # fmt: skip
-        made.caption = found["gate"]["wrong"] or "first tokens are those of the reference, up to rounding"
+        hit = found["cached"]
+        told = found["gate"]["wrong"] or "first tokens are those of the reference, up to rounding"
+        made.caption = (
+            f"{told}; of {hit['tokens']:,} tokens {hit['cached_tokens']:,} cached: {hit['ms']:.2f} ms "
+            f"(to reach: 1.5 steps and 2 ms, {hit['reach_ms']:.2f})"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,6 +40,10 @@ def test_first_tokens_are_timed_behind_a_gate(monkeypatch):
     assert found["gate"]["wrong"] is None and found["gate"]["answers"] == 2
     assert [row["tokens"] for row in found["rows"]] == [8, 40]
     assert all(row["ms"] > 0 and len(row["ms_rounds"]) == 2 for row in found["rows"])
+    hit = found["cached"]
+    assert (hit["tokens"], hit["cached_tokens"]) == (40, 39) and hit["step_ms"] > 0 and hit["ms"] > 0
+    [table] = bench_prompts.tables({"attention": [], "first": [found]})
+    assert "of 40 tokens 39 cached" in table.caption
 
 
 def test_the_floor_counts_matmuls_attention_and_one_row_of_logits():
