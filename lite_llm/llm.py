@@ -329,9 +329,9 @@ class LLM:
         """
         return self._reader.open(source)
 
-    def receipt(self, picture: Picture) -> str:
-        """One line: what was sent, what the model sees of it, and what that costs."""
-        return self._reader.receipt(picture, self.plan.kv_token)
+    def receipt(self, picture: "PictureSource | Picture") -> str:
+        """One line on what `open` takes: what was sent, what the model sees of it, and what that costs."""
+        return self._reader.receipt(self.open(picture), self.plan.kv_token)
 
     def _find(self, id: str) -> list["Answer"]:
         if id not in self._streams:

@@ -240,16 +240,17 @@ def _guarded(work: Callable[[], int], screen: Screen, options: argparse.Namespac
 
 
 def _report(error: Exception, screen: Screen, options: argparse.Namespace) -> int:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, ImportError) and not (error.name or "").startswith("lite_llm"):
         error = EnvironmentProblem(f"{error}", "pip install -r requirements.txt")
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    elif full:
         error = SourceProblem(f"{error.filename or 'output'}: {error.strerror}", "free some space")
     known = isinstance(error, LiteLLMError)
     message = str(error) if known else f"internal error: {type(error).__name__}: {str(error)[:300]}; run with --debug"
     screen.error("\n".join(message.split("\n")[:6]))
     if _debug(options):
         traceback.print_exception(error, file=screen.err)
-    if options.json:
+    if options.json and not full:  # there is no room for it
         found = (error.code, error.message, error.hint) if known else ("internal", str(error), "run with --debug")
         oneshot.print_json(screen, oneshot.failure(*found))
     return error.exit_code if known else LiteLLMError.exit_code

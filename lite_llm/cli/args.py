@@ -5,6 +5,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import lite_llm
 from lite_llm.config import EngineConfig
@@ -146,6 +147,8 @@ def add_output(group: argparse._ActionsContainer) -> None:
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     """Parsed and checked: adds `engine` (fields of EngineConfig) and, for a chat, `params`."""
     options = parser.parse_args(argv)
+    if options.path is not None and Path(options.path).is_file():
+        parser.error(f"{options.path} is a file; a model is a directory or a hub id, and pictures go with --image")
     if options.path is not None and options.model is not None:
         parser.error(f"two models: {options.path} and --model {options.model}")
     options.model = options.model if options.path is None else options.path

@@ -40,8 +40,9 @@ class Chat:
             except BrokenPipeError:
                 raise
             except ContextExceeded as error:
+                pictures = "/image off takes its pictures away, " if self._session.waiting else ""
                 self._screen.error(
-                    f"{error.message}\n/undo and /clear make room, --context N sets it; Up brings the line"
+                    f"{error.message}\n{pictures}/undo and /clear make room, --context N sets it; Up brings the line"
                 )
             except LiteLLMError as error:
                 self._screen.error(str(error))

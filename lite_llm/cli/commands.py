@@ -85,7 +85,7 @@ def _help(session: Session, argument: str) -> str:
 
 
 def _system(session: Session, argument: str) -> str:
-    if argument == "off":
+    if argument.lower() == "off":
         session.system = None
         return "no system prompt"
     if argument:
@@ -184,15 +184,18 @@ def _image(session: Session, argument: str) -> str | Look:
 def _dropped(path: str) -> str:
     """Without the quotes and backslashes that terminals put into the name of a file that is dropped on them."""
     try:
-        words = shlex.split(path) if path[0] in "'\"" or "\\ " in path else [path]
+        words = shlex.split(path)
     except ValueError:  # an apostrophe
         words = [path]
-    return words[0] if len(words) == 1 else path
+    if len(words) > 1 and not Path(path).exists() and all(Path(word).exists() for word in words):
+        raise UsageError("/image takes one picture at a time", "type it again for the next one")
+    quoted = path[0] in "'\"" or "\\ " in path
+    return words[0] if quoted and len(words) == 1 else path
 
 
 def _clear(session: Session, argument: str) -> str:
     unsaved = f"; later turns are not saved to {session.file}" if session.autosaving else ""
-    seen = " and the pictures" if session.pictures or session.waiting else ""
+    seen = ", the pictures too" if session.pictures or session.waiting else ""
     session.clear()
     return f"cleared{seen}" + ("; the system prompt stays" if session.system is not None else "") + unsaved
 

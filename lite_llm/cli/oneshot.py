@@ -22,7 +22,10 @@ def question(prompt: str | None, stdin: TextIO | None) -> str | None:
     piped = stdin is not None and not stdin.isatty()
     if prompt is None and not piped:
         return None
-    text = stdin.buffer.read().decode("utf-8", "replace") if piped or prompt == "-" and stdin is not None else ""
+    data = stdin.buffer.read() if piped or prompt == "-" and stdin is not None else b""
+    if b"\0" in data:
+        raise UsageError("what is piped in is no text", "pass pictures with --image FILE")
+    text = data.decode("utf-8", "replace")
     given = [part for part in ("" if prompt == "-" else prompt, text) if part and part.strip()]
     if not given:
         raise UsageError("the prompt is empty", "pass --prompt TEXT or pipe a text in")

@@ -71,7 +71,8 @@ def load(path: Path, open_url: "Open | None" = None) -> list[Message]:
             raise UsageError(f"{path} has {path.stat().st_size:,} bytes; at most {_MAX_BYTES:,} are read")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+        hint = "/save FILE in a chat makes one" if isinstance(error, FileNotFoundError) else ""
+        raise UsageError(f"{path} cannot be read: {error.strerror}", hint) from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
     messages = [

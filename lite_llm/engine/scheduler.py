@@ -71,7 +71,8 @@ class Scheduler:
         if request.prompt_len >= request.max_len:
             raise ContextExceeded(
                 f"the prompt has {request.prompt_len} tokens; with at least one for the answer {request.max_len} fit",
-                "shorten the prompt, or raise the context if the model and the memory allow",
+                ("send fewer pictures, " if request.pictures else "")
+                + "shorten the prompt, or raise the context if the model and the memory allow",
             )
         self.waiting.append(request)
         if request.deadline is not None:

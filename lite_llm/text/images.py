@@ -314,6 +314,8 @@ def _source(where: str, part: Any, local: bool) -> Any:
     if len(given) != 1:
         raise UsageError(f"{where} has {' and '.join(given) or 'no picture'}", "give one of 'image', 'path' and 'url'")
     key, value = given[0], part[given[0]]
+    if value is None:
+        raise UsageError(f"{where}.{key} is None; expected a picture")
     if key == "url":
         return _url(f"{where}.url", value)
     if not local:

@@ -152,7 +152,7 @@ class Stdin(io.TextIOWrapper):
     ("ask", b"data\n", "ask\n\ndata"),
     (None, b"data\n", "data"),
     ("-", b"data", "data"),
-    ("ask", b"\xff\x00bad", "ask\n\n\ufffd\x00bad"),
+    ("ask", b"\xffbad", "ask\n\n\ufffdbad"),
 ])  # fmt: skip
 def test_the_question_of_a_single_run(prompt, piped, expected):
     assert oneshot.question(prompt, Stdin(piped)) == expected

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -117,8 +118,16 @@ def test_clear_forgets_pictures():
     show(talk, "red")
     ask(talk, "one")
     show(talk, "blue")
-    assert commands.run(talk, "/clear") == "cleared and the pictures; the system prompt stays"
+    assert commands.run(talk, "/clear") == "cleared, the pictures too; the system prompt stays"
     assert not talk.waiting and not talk.pictures and commands.run(talk, "/image").startswith("no pictures")
+
+
+def test_two_pictures_in_one_line_are_told_how(tmp_path):
+    names = [str(tmp_path / f"{n}.png") for n in "ab"]
+    for name in names:
+        Path(name).touch()
+    with pytest.raises(UsageError, match="one picture at a time"):
+        commands.run(session(), "/image " + " ".join(names))
 
 
 def test_image_lists_what_there_is():

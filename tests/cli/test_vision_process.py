@@ -45,6 +45,25 @@ def test_one_answer_on_stdout_and_the_receipt_beside_it(call):
     assert call("-q", "-i", sample(1), "-p", "How many shapes are there?") == (0, "There are three shapes.\n", "")
 
 
+def test_pictures_where_a_text_or_a_model_belongs(capsys, monkeypatch):
+    data = Path(sample(1)).read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert llava_main(["-q", "-p", WHAT]) == 2
+    assert "what is piped in is no text: pass pictures with --image FILE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        llava_main([sample(1)])
+    assert "is a file; a model is a directory or a hub id, and pictures go with --image" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_once():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "cli_llava.py", "-q", "--json", "-p", WHAT],
+            cwd=ROOT, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (6, "error: output: No space left on device: free some space\n")
+
+
 def test_several_pictures_in_one_question(call):
     code, out, err = call("-i", sample(1), "-i", sample(2), "-p", "How many pictures are there?")
     assert (code, out) == (0, "There are two pictures.\n") and err.count("64 tokens") == 2
@@ -146,7 +165,7 @@ def test_a_session(tmp_path):
         terminal.wait("There are two pictures")
         terminal.wait(PROMPT)
         terminal.send("/clear\r")
-        terminal.wait("cleared and the pictures")
+        terminal.wait("cleared, the pictures too")
         terminal.wait(PROMPT)
         terminal.send("What do you see?\r")
         terminal.wait("I see no picture")

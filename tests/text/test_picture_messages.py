@@ -54,7 +54,7 @@ def test_pictures_are_taken_out_of_messages_in_order():
     ({"type": ["image"]}, "['image']"), ({"type": "image"}, "no picture"), ({"type": "image", "b64": "x"}, "'b64'"),
     ({"type": "image", "image": "a", "url": "http://x"}, "image and url"),
     ({"type": "image", "url": "a.png"}, "http(s)"), ({"type": "image", "url": 3}, "a int"),
-    ({"type": "image", "path": 3}, "a int"),
+    ({"type": "image", "path": 3}, "a int"), ({"type": "image", "image": None}, "image is None"),
     ({"type": "image_url"}, "NoneType"),
     ({"type": "image_url", "image_url": {"url": "/etc/passwd"}}, "http(s) or data"),
     ({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, "http(s) or data"),
