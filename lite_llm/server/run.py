@@ -9,39 +9,39 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import uvicorn
 
-from lite_llm.engine.warm import counting
-from lite_llm.llm import LLM
 from lite_llm.server.app import Server, make_app
 from lite_llm.server.bridge import Bridge
 from lite_llm.server.metrics import Metrics
 from lite_llm.server.options import ServeOptions
+from lite_llm.server.remote import RemoteLLM
 
 _GOODBYE = 2.0  # seconds for clients to hear that their answers end
 
 
-def serve(llm: LLM, listener: socket.socket, options: ServeOptions, say: Callable[[str], None]) -> int:
+def serve(llm: RemoteLLM, listener: socket.socket, options: ServeOptions, say: Callable[[str], None]) -> int:
     """Answer requests until told to stop; returns the exit code. Must be called in the main thread.
 
     Raises what ended the engine, if it ended by itself.
     """
     bridge = Bridge(llm, options.max_queue)
-    with counting(llm.engine.kv.k.device) as kernels:
-        name = options.name or name_of(llm.name)
-        server = Server(
-            llm, bridge, Metrics(kernels), name, int(time.time()), options.max_body, options.timeout
-        )  # fmt: skip
-        http = _Quiet(
-            uvicorn.Config(
-                make_app(server, options.api_key), lifespan="off", ws="none", log_config=None, access_log=False,
-                server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(_GOODBYE)),
-            )
-        )  # fmt: skip
-        gc.collect()
-        gc.freeze()  # 200,000 objects of torch and transformers, which a collection looks through for 50 ms
-        with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
-            return runner.run(_serve(server, http, listener, options, say))
+    server = Server(
+        llm, bridge, Metrics(llm.kernels), options.name or name_of(llm.name), int(time.time()), options.max_body,
+        options.timeout,
+    )  # fmt: skip
+    http = _Quiet(
+        uvicorn.Config(
+            make_app(server, options.api_key), lifespan="off", ws="none", log_config=None, access_log=False,
+            server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(_GOODBYE)),
+        )
+    )  # fmt: skip
+    torch.set_num_threads(1)  # only pictures are computed here, and on a CPU the engine needs the cores
+    gc.collect()
+    gc.freeze()  # 200,000 objects of torch and transformers, which a collection looks through for 50 ms
+    with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
+        return runner.run(_serve(server, http, listener, options, say))
 
 
 def name_of(model: str) -> str:
