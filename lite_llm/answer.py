@@ -24,9 +24,10 @@ class Answer:
         fresh = request.ids[request.prompt_len + self.told :]
         if self.finish_reason is not None or (not fresh and request.finish_reason is None):
             return None
-        self.told += len(fresh)
         ended = request.finish_reason is not None
         spoken = fresh[:-1] if ended and request.finish_reason == "stop" and fresh else fresh
+        logprobs = tuple(request.logprobs[self.told : self.told + len(spoken)]) if request.logprobs else ()
+        self.told += len(fresh)
         text = self.stops.add(self._text(spoken, last=ended))
         if self.stops.stopped is not None:
             engine.abort(request, "stop")
@@ -34,7 +35,7 @@ class Answer:
             text += self.stops.finish()
         self.finish_reason = "stop" if self.stops.stopped is not None else request.finish_reason
         self.text.append(text)
-        self.news.append(Delta(self.name, self.index, text, tuple(fresh), self.finish_reason))
+        self.news.append(Delta(self.name, self.index, text, tuple(fresh), self.finish_reason, logprobs))
         return self.news[-1]
 
     def _text(self, tokens: list[int], last: bool) -> str:

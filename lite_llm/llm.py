@@ -23,12 +23,11 @@ from lite_llm.errors import BadCheckpoint, UsageError, shown
 from lite_llm.jsonfile import read_object
 from lite_llm.models import registry, shapes
 from lite_llm.outputs import Delta, InFlight, Output, Timings, Usage
-from lite_llm.prompts import Encoded, Message, Prompt, Reader, tower_of
+from lite_llm.prompts import Encoded, Message, Prompt, Reader
 from lite_llm.text import Tokenizer
 from lite_llm.text.fetch import Fetcher, Gone
 from lite_llm.text.grammar import GrammarCompiler
 from lite_llm.text.images import Picture
-from lite_llm.text.processor import Processor
 from lite_llm.weights.files import open_checkpoint
 from lite_llm.weights.hub import Source
 from lite_llm.weights.loading import load_weights
@@ -81,7 +80,7 @@ class LLM:
                 raise UsageError(f"shape = {shape!r} has no files", "pass random_weights=True and no model")
             facts = shapes.shape_config(shape)
             self._start(HFConfig(facts, config.ignore_config), config, say)
-            self.name, self.tokenizer = shape, None
+            self.name, self.tokenizer, self.folder = shape, None, None
             self.generation_config: dict[str, object] = {}
             self._reader = Reader(shape, self.cfg)
             rules = registry.find(self.cfg.architecture)[0].RULES
@@ -108,8 +107,8 @@ class LLM:
         self.eos_ids |= self.tokenizer.eos_ids | set(_ids(self.generation_config.get("eos_token_id")))
         for key in ("eos_token_id", "text_config.eos_token_id"):
             self.eos_ids |= set(_ids(hf.get(object, key, None)))
-        processor = Processor.load(here, tower_of(self.cfg.vision)) if self.cfg.vision is not None else None
-        self._reader = Reader(self.name, self.cfg, self.tokenizer, processor, fetcher, decode)
+        self.folder = here
+        self._reader = Reader.of(here, self.name, self.cfg, self.tokenizer, fetcher, decode)
         checkpoint = open_checkpoint(source.directory())
         rules = registry.find(self.cfg.architecture)[0].RULES
         self._ready(lambda net: load_weights(net, checkpoint, rules, progress), status)
@@ -119,6 +118,7 @@ class LLM:
         self.plan, self.cfg = self._blueprint.plan, self._blueprint.cfg
         self.eos_ids: set[int] = set()
         self._streams: dict[str, list[Answer]] = {}
+        self._unsaid: list[Delta] = []
         self._names = itertools.count(1)
         say(str(self.plan))
 
@@ -257,7 +257,13 @@ class LLM:
             self.engine.step()
         finally:  # a failed step ends its requests, and their streams must hear of it
             news = [stream.advance(self.engine) for streams in self._streams.values() for stream in streams]
-        return [delta for delta in news if delta is not None]
+            self._unsaid += [delta for delta in news if delta is not None]
+        return self.unsaid()
+
+    def unsaid(self) -> list[Delta]:
+        """What a `step` that raised could not return; the next one would."""
+        news, self._unsaid = self._unsaid, []
+        return news
 
     def abort(self, id: str) -> None:
         """End a request at any moment; what it has said so far stays in its `result`. Unknown ids are ignored."""

@@ -24,6 +24,7 @@ class Delta:
     text: str  # may be empty: characters are held back until they cannot change
     token_ids: tuple[int, ...]
     finish_reason: str | None = None  # "stop", "length", "timeout", "abort" or "error"
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens but a final stop token, if they were asked for
 
 
 @dataclass(frozen=True)

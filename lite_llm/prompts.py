@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -56,6 +57,15 @@ class Reader:
         self._name, self._cfg, self._tokenizer = name, cfg, tokenizer
         self._processor, self._fetcher, self._decode = processor, fetcher, decode
         self._tiles: WeakKeyDictionary[Picture, Tiles] = WeakKeyDictionary()
+
+    @classmethod
+    def of(
+        cls, folder: Path, name: str, cfg: ModelConfig, tokenizer: "Tokenizer", fetcher: "Fetcher | None" = None,
+        decode: "Decode | None" = None,
+    ) -> "Reader":  # fmt: skip
+        """With the image processor of a checkpoint, if it has one."""
+        processor = Processor.load(folder, tower_of(cfg.vision)) if cfg.vision is not None else None
+        return cls(name, cfg, tokenizer, processor, fetcher, decode)
 
     def read(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = (), gone: "Gone | None" = None) -> Encoded:
         """Everything that the engine needs of a prompt. UsageError for one that cannot be used, or takes no `tools`."""

@@ -60,6 +60,7 @@ HEAVY = {  # worth an import inside a function; anything else stands at the top
     "prompt_toolkit", "fastapi", "starlette", "uvicorn", "ray", "llguidance",
 }  # fmt: skip
 LAZY = {"cli", "llm", "server", "text", "__init__", "__main__"}  # may import our own packages, for these bring torch
+TRUSTED = {"lite_llm/server/link.py": {"pickle"}}  # between two processes of ours, over a socket that nobody else has
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 MAX_LINES = 400
 FILES = sorted(
@@ -108,7 +109,7 @@ def import_violations(here: str, tree: ast.Module) -> Iterator[str]:
                 yield f"{here}:{line}: only {' '.join(homes)} may import {library}"
         if ours and inside and top not in HEAVY and not (top == "lite_llm" and package in LAZY):
             yield f"{here}:{line}: import {name} at the top of the file"
-        if ours and top in UNSAFE:
+        if ours and top in UNSAFE - TRUSTED.get(here, set()):
             yield f"{here}:{line}: {top} runs what it reads"
 
 
@@ -189,6 +190,8 @@ PLANTED = [
     ("lite_llm/layers/norm.py", "def f():\n    import json", "import json at the top of the file"),
     ("lite_llm/layers/norm.py", "def f():\n    from lite_llm import ops", "at the top of the file"),
     ("lite_llm/weights/rules.py", "import pickle", "pickle runs what it reads"),
+    ("lite_llm/server/remote.py", "import pickle", "pickle runs what it reads"),
+    ("lite_llm/server/link.py", "import marshal", "marshal runs what it reads"),
     ("lite_llm/weights/rules.py", "import torch\nw = torch.load('x.bin')", "torch.load() runs what it reads"),
     ("lite_llm/text/template.py", "eval('1')", "eval() runs what it reads"),
     ("lite_llm/text/tokenizer.py", "load('x', trust_remote_code=True)", "trust_remote_code runs what it reads"),
@@ -211,6 +214,7 @@ def test_planted_violations_are_found(here, source, message):
     ("lite_llm/rope.py", "def f():\n    import torch\n    model.eval()"),
     ("tools/diff.py", "import transformers\nfrom lite_llm.models import registry"),
     ("cli.py", "from lite_llm import LLM"),
+    ("lite_llm/server/link.py", "import pickle"),
 ])  # fmt: skip
 def test_what_is_allowed_passes(here, source):
     assert not violations(here, source)

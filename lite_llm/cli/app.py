@@ -24,6 +24,7 @@ from lite_llm.errors import EnvironmentProblem, LiteLLMError, SourceProblem, Usa
 
 if TYPE_CHECKING:
     from lite_llm.llm import LLM
+    from lite_llm.server.remote import RemoteLLM
     from lite_llm.text.decoders import Decoders
     from lite_llm.text.fetch import Fetcher
     from lite_llm.text.images import Picture
@@ -140,7 +141,8 @@ def serve(options: argparse.Namespace) -> int:
     from lite_llm.cli import serve as serving  # only this command needs what it imports
 
     screen = Screen.of_process(quiet=options.quiet)
-    return _guarded(lambda: serving.run(options, screen, partial(_open, options, screen)), screen, options)
+    load = partial(_open, options, screen, find=_engine_process)
+    return _guarded(lambda: serving.run(options, screen, load), screen, options)
 
 
 def watch(options: argparse.Namespace) -> int:
@@ -160,9 +162,23 @@ def _speaker(
     return Remote(Client(options.connect, os.environ.get(KEY)), options.model, open_one, screen.note)
 
 
+def _in_this_process() -> type["LLM"]:
+    from lite_llm.llm import LLM  # torch: a second or more
+
+    return LLM
+
+
+def _engine_process() -> type["RemoteLLM"]:
+    from lite_llm.server.remote import RemoteLLM
+
+    return RemoteLLM
+
+
 def _open(
-    options: argparse.Namespace, screen: Screen, demo: Demo = TEXT, bar: LoadingBar | None = None, **more
-) -> "LLM":
+    options: argparse.Namespace, screen: Screen, demo: Demo = TEXT, bar: LoadingBar | None = None,
+    find: Callable[[], Callable[..., "LLM | RemoteLLM"]] = _in_this_process, **more,
+) -> "LLM | RemoteLLM":  # fmt: skip
+    """`find` imports what opens the model, and returns it."""
     _prepare(options, screen)
     bar = bar or LoadingBar(screen)
     before, pressed, importing = signal.getsignal(signal.SIGINT), [], True
@@ -175,8 +191,7 @@ def _open(
     signal.signal(signal.SIGINT, interrupt)
     try:
         bar.status("starting ...")
-        from lite_llm.llm import LLM  # torch: a second or more
-
+        opened = find()
         importing = False
         if pressed:
             raise KeyboardInterrupt
@@ -185,7 +200,7 @@ def _open(
             bar.clear()
             screen.note(text)
 
-        llm = LLM(options.model or demo.folder, say=say, progress=bar, status=bar.stage, **options.engine, **more)
+        llm = opened(options.model or demo.folder, say=say, progress=bar, status=bar.stage, **options.engine, **more)
     finally:
         signal.signal(signal.SIGINT, before)
         bar.clear()

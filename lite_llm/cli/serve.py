@@ -13,9 +13,9 @@ from lite_llm.config import EngineConfig
 from lite_llm.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
-    from lite_llm.llm import LLM
     from lite_llm.server.loading import Loading
     from lite_llm.server.options import ServeOptions
+    from lite_llm.server.remote import RemoteLLM
 
 KEY = "LITE_LLM_API_KEY"
 _WISHES = ("host", "port", "api_key", "name", "max_queue", "max_body", "timeout", "drain")
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
     return options
 
 
-def run(options: argparse.Namespace, screen: Screen, load: Callable[..., AbstractContextManager["LLM"]]) -> int:
+def run(options: argparse.Namespace, screen: Screen, load: Callable[..., AbstractContextManager["RemoteLLM"]]) -> int:
     """`load` opens the model, once the address is taken."""
     try:
         from lite_llm.server.loading import Loading

@@ -25,6 +25,7 @@ from lite_llm.server.answers import ChatForm, TextForm, Vocabulary
 from lite_llm.server.bridge import Bridge
 from lite_llm.server.metrics import CONTENT_TYPE, Metrics
 from lite_llm.server.refusals import Refusal, refusal_of
+from lite_llm.server.remote import RemoteLLM
 from lite_llm.server.reply import ClientGone, Reply, Task, off_loop, read_body
 from lite_llm.text.fetch import Gone
 from lite_llm.text.images import take_pictures
@@ -38,7 +39,7 @@ class Server:
     """What the handlers share. `name`: of the model, for clients."""
 
     def __init__(
-        self, llm: LLM, bridge: Bridge, metrics: Metrics, name: str, started: int, most_bytes: int,
+        self, llm: LLM | RemoteLLM, bridge: Bridge, metrics: Metrics, name: str, started: int, most_bytes: int,
         most_seconds: float | None,
     ):  # fmt: skip
         """`started`: seconds since 1970. `most_bytes` of a body, `most_seconds` for an answer; None: any time."""

@@ -1,4 +1,4 @@
-"""Between the event loop and the engine: one thread owns the LLM and steps it while there is work.
+"""Between the event loop and the engine: one thread owns the LLM, or what it is heard through, and steps it.
 
 The engine never waits for a client. What it says is left at the job, and the event loop is woken once for all jobs.
 """
@@ -10,21 +10,20 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
-from lite_llm.engine.request import TokenLogprobs
-from lite_llm.errors import EnvironmentProblem
 from lite_llm.llm import LLM
-from lite_llm.outputs import Delta, InFlight
+from lite_llm.outputs import InFlight, Output
 from lite_llm.server.job import Job
 from lite_llm.server.refusals import Refusal, refusal_of, stopping, too_late, unusable_numbers
+from lite_llm.server.remote import RemoteLLM
+from lite_llm.server.steady import Row, Steady
 
 log = logging.getLogger("lite_llm")
 
 _IDLE_BEAT = 1.0  # seconds between two signs of life of an engine without work
 _ANSWER = 2.0  # seconds for the engine to answer a question: longer than any step should take
-_MOST_FAILURES = 8  # steps in a row that may raise
 _SHARE = 0.2
 """Of the time, for handing tokens to clients: Python runs one thread at a time, and the engine needs the rest. Beyond
 it, the tokens of several steps go out together. What is first or last for a client never waits."""
@@ -34,11 +33,12 @@ _LONGEST_QUIET = 0.05  # seconds
 class Bridge:
     """`start` and everything above "the engine's thread" belong to the event loop."""
 
-    def __init__(self, llm: LLM, max_queue: int, stall: float = 30.0):
-        """`max_queue`: answers that may wait beyond those that the engine runs together. `stall`: seconds without a
-        sign of life after which the engine counts as stuck."""
-        self._llm = llm
-        self.seats = llm.engine.scheduler.max_requests + max_queue
+    def __init__(self, llm: LLM | RemoteLLM, max_queue: int, stall: float = 30.0):
+        """An `LLM` is stepped in this process, which its steps and HTTP share then. `max_queue`: answers that may wait
+        beyond those that the engine runs together. `stall`: seconds without a sign of life after which the engine
+        counts as stuck."""
+        self._llm = llm if isinstance(llm, RemoteLLM) else Steady(llm)
+        self.seats = self._llm.max_requests + max_queue
         self.taken = 0
         self.draining = False
         self.dead: Exception | None = None  # why the engine's thread ended by itself
@@ -47,7 +47,6 @@ class Bridge:
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: dict[str, tuple[Job, int]] = {}  # by the name of the engine's request; which prompt of the job
         self._closing = False
-        self._failures = 0
         self._lock = threading.Lock()  # over the next two
         self._fresh: set[Job] = set()  # that have something to say
         self._urgent: set[Job] = set()  # of these, those that shall not wait
@@ -77,14 +76,14 @@ class Bridge:
             self.taken -= seat.size
 
     def submit(self, job: Job) -> None:
-        self._orders.put(functools.partial(self._add, job))
+        self._order(functools.partial(self._add, job))
         if self.dead:  # looked at after the order is there: the dying thread looks the other way round
             raise stopping()
 
     def cancel(self, job: Job) -> None:
         """End a job within one step; nothing happens if it is over."""
         if not job.over:
-            self._orders.put(functools.partial(self._end, job, stopping()))
+            self._order(functools.partial(self._end, job, stopping()))
 
     async def in_flight(self) -> InFlight:
         """Refusal (503) if the engine does not answer in time."""
@@ -98,7 +97,7 @@ class Bridge:
             except Exception as error:
                 answer.set_exception(error)
 
-        self._orders.put(order)
+        self._order(order)
         try:
             async with asyncio.timeout(_ANSWER):
                 return await asyncio.wrap_future(answer)
@@ -107,13 +106,18 @@ class Bridge:
 
     def end_all(self) -> None:
         """Tell every client that the server stops."""
-        self._orders.put(lambda: self._end_all(stopping()))
+        self._order(lambda: self._end_all(stopping()))
 
     async def close(self) -> None:
         """End the thread, after the step under way; gives up after five seconds."""
         self._closing = True
-        self._orders.put(lambda: None)
+        self._order(lambda: None)
         await asyncio.to_thread(self._thread.join, 5.0)
+
+    def _order(self, work: Callable[[], None]) -> None:
+        """Something for the engine's thread."""
+        self._orders.put(work)
+        self._llm.ring()
 
     def _publish(self) -> None:
         now = self._loop.time()
@@ -145,11 +149,10 @@ class Bridge:
     def _work(self) -> None:
         try:
             while not self._closing:
-                idle = self._llm.engine.idle
-                self._obey(wait=idle)
-                if not self._llm.engine.idle:
+                self._obey(wait=self._llm.idle)
+                if not self._llm.idle:
                     self._step()
-                self._beat = time.monotonic()
+                self._beat = self._llm.beat
         except Exception as error:
             log.error("the engine stops", exc_info=error)
             self.dead = error
@@ -171,30 +174,24 @@ class Bridge:
             job.end([], stopping())
             return self._announce(job)
         for place, (name, prompt) in enumerate(zip(job.names, job.prompts, strict=True)):
-            try:
-                self._llm.add_request(prompt, job.params, id=name, salt=job.salt, deadline=job.deadline)
-            except Exception as error:
-                self._jobs[job.names[0]] = job, 0  # so that there is something to end
-                return self._end(job, refusal_of(error))
             self._jobs[name] = job, place
+            self._llm.add_request(name, prompt, job.params, job.salt, job.deadline, job.streamed)
 
     def _step(self) -> None:
-        blamed = True
-        try:
-            deltas = self._llm.step()
-            self._failures = 0
-        except Exception as error:
-            deltas = self._after(error)
-            blamed = any(delta.finish_reason == "error" for delta in deltas)
+        news, jobs = self._llm.step(), self._jobs
         spoken: set[Job] = set()
-        for delta in deltas:
-            if found := self._jobs.get(delta.id):
+        for row in news.rows:
+            if found := jobs.get(row[0]):
                 job, place = found
-                self._hand_on(job, place * job.params.n + delta.index, delta)
+                self._hand_on(job, place * job.params.n + row[1], row)
                 if job.streamed and not job.over:
                     spoken.add(job)
-        if not blamed:  # nobody was made responsible, and the next step may raise for the same reason
-            self._end_all(unusable_numbers())
+        for output in news.outputs:
+            if found := jobs.get(output.id):
+                self._complete(found[0], output)
+        for name, error in news.refused:
+            if found := jobs.get(name):
+                self._end(found[0], refusal_of(error))
         with self._lock:
             self._fresh |= spoken
             self._urgent.update(job for job in spoken if not job.started)
@@ -205,54 +202,37 @@ class Bridge:
         if wake:
             self._loop.call_soon_threadsafe(self._publish)
 
-    def _after(self, error: Exception) -> list[Delta]:
-        """What a step that raised has said all the same. Raises if no other step can do better."""
-        log.error("a step failed", exc_info=error)
-        self._failures += 1
-        if device_is_lost():
-            raise EnvironmentProblem(f"the GPU has failed: {error}", "start the server again") from error
-        if self._failures > _MOST_FAILURES:
-            raise error
-        said = []
-        for name, (job, place) in list(self._jobs.items()):
-            for choice in self._llm.result(name).choices:
-                at = place * job.params.n + choice.index
-                if job.ended[at]:
-                    continue
-                text, tokens = choice.text[job.said[at] :], choice.token_ids[job.told[at] :]
-                if tokens or choice.finish_reason:
-                    said.append(Delta(name, choice.index, text, tokens, choice.finish_reason or None))
-        return said
-
-    def _hand_on(self, job: Job, at: int, delta: Delta) -> None:
+    def _hand_on(self, job: Job, at: int, row: Row) -> None:
         """Once for each token of each stream, so in few words. `at`: which choice of the job."""
-        if delta.finish_reason == "error":
+        _, _, text, tokens, reason, logprobs = row
+        if reason == "error":
             return self._end(job, unusable_numbers())
-        if delta.finish_reason == "timeout" and not any(job.told):  # nor will any other: they have one deadline
-            return self._end(job, too_late(job.timeout))
         if job.streamed:
-            logprobs = () if job.params.logprobs is None else self._logprobs(delta, job.told[at])
-            job.pieces.append((at, delta, logprobs))
-        job.told[at] += len(delta.token_ids)
-        job.said[at] += len(delta.text)
-        if delta.finish_reason is not None:
-            job.ended[at] = True
-            if all(job.ended):
-                self._end(job, None)
+            if reason == "timeout" and not job.told:  # nor will any other: they have one deadline
+                return self._end(job, too_late(job.timeout))
+            job.pieces.append((at, text, tokens, reason, logprobs))
+            job.told = True
 
-    def _logprobs(self, delta: Delta, told: int) -> Sequence[TokenLogprobs]:
-        choice = self._llm.result(delta.id).choices[delta.index]
-        return choice.logprobs[told : told + len(delta.token_ids) - isinstance(choice.stop, int)]  # no stop token
+    def _complete(self, job: Job, output: Output) -> None:
+        """One prompt of a job has all its answers."""
+        job.answered[output.id] = output
+        if len(job.answered) < len(job.names):
+            return
+        outputs = job.answered.values()
+        silent = not any(output.usage.completion_tokens for output in outputs)
+        if silent and any(choice.finish_reason == "timeout" for output in outputs for choice in output.choices):
+            return self._end(job, too_late(job.timeout))
+        self._end(job, None)
 
     def _end(self, job: Job, failure: Refusal | None) -> None:
         """Of a job that is done, or at any moment; nothing happens if it has ended."""
         if job.names[0] not in self._jobs:
             return
-        outputs = [] if failure else [self._llm.result(name) for name in job.names]
         for name in job.names:
-            self._llm.forget(name)
+            if name not in job.answered:
+                self._llm.forget(name)
             self._jobs.pop(name, None)
-        job.end(outputs, failure)
+        job.end([] if failure else [job.answered[name] for name in job.names], failure)
         self._announce(job)
 
     def _end_all(self, failure: Refusal) -> None:
@@ -283,16 +263,3 @@ class Seat:
             raise Refusal(429, f"{bridge.taken} answers are running or waiting; try again later", code="queue_full")
         bridge.taken += size - self.size
         self.size = size
-
-
-def device_is_lost() -> bool:
-    """Whether the GPU's context can do nothing any more, as after an illegal address; never on a CPU."""
-    import torch
-
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return True
-    return False

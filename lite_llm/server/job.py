@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lite_llm.engine.request import SamplingParams, TokenLogprobs
-from lite_llm.outputs import Delta, Output
+from lite_llm.outputs import Output
 from lite_llm.prompts import Encoded
 from lite_llm.server.refusals import Refusal
 
@@ -24,10 +24,7 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """The engine's thread adds to `pieces` and calls `end`; the event loop calls `news`, and `wake` if there are any.
-
-    `told`, `said` and `ended` belong to the engine's thread: what of each choice was handed on.
-    """
+    """The bridge's thread adds to `pieces` and calls `end`; the loop calls `news`, and `wake` if there are any."""
 
     id: str
     prompts: list[Encoded]
@@ -37,6 +34,8 @@ class Job:
     timeout: float | None = None  # seconds, for the one who is told
     deadline: float | None = None  # moment of `time.monotonic`
     outputs: list[Output] = field(default_factory=list)  # one for each prompt, once it is over
+    told: bool = False  # whether any token was handed on; belongs to the engine's thread, as the next
+    answered: dict[str, Output] = field(default_factory=dict)  # prompts that are complete, by name
     failure: Refusal | None = None
     over: bool = False
     started: bool = False  # something has been said
@@ -44,9 +43,8 @@ class Job:
     def __post_init__(self):
         several = len(self.prompts) > 1
         self.names = [f"{self.id}-{i}" if several else self.id for i in range(len(self.prompts))]
-        choices = len(self.prompts) * self.params.n
-        self.told, self.said, self.ended = [0] * choices, [0] * choices, [False] * choices  # tokens, characters
-        self.pieces: deque[tuple[int, Delta, Sequence[TokenLogprobs]]] = deque()  # which choice, and what it said
+        # Which choice, its text, number of tokens, finish_reason, logprobs.
+        self.pieces: deque[tuple[int, str, int, str | None, Sequence[TokenLogprobs]]] = deque()
         self._news = asyncio.Event()
 
     def end(self, outputs: list[Output], failure: Refusal | None = None) -> None:
@@ -72,10 +70,10 @@ class Job:
     def _joined(self) -> list[Piece]:
         found: dict[int, Piece] = {}
         while self.pieces:
-            at, delta, logprobs = self.pieces.popleft()
+            at, text, tokens, reason, logprobs = self.pieces.popleft()
             piece = found.setdefault(at, Piece(at))
-            piece.text += delta.text
-            piece.tokens += len(delta.token_ids)
+            piece.text += text
+            piece.tokens += tokens
             piece.logprobs += logprobs
-            piece.finish_reason = delta.finish_reason
+            piece.finish_reason = reason
         return list(found.values())

@@ -9,9 +9,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from lite_llm.engine.warm import Counter as Kernels
 from lite_llm.outputs import InFlight, Output
 from lite_llm.server.job import Piece
+from lite_llm.server.remote import Kernels
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _QUEUED = (0.001, 0.005, 0.02, 0.1, 0.3, 1, 3, 10, 30, 100, 300)

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import torch
 import uvicorn
 from starlette.types import ASGIApp
 
-from lite_llm.engine.warm import counting
-from lite_llm.llm import LLM
 from lite_llm.server.app import Server, make_app
 from lite_llm.server.bridge import Bridge
 from lite_llm.server.metrics import Metrics
 from lite_llm.server.options import ServeOptions
+from lite_llm.server.remote import RemoteLLM
 
 _GOODBYE = 2.0  # seconds for clients to hear that their answers end
 
@@ -35,23 +35,23 @@ class Work(Protocol):
     async def close(self) -> None: ...
 
 
-def serve(llm: LLM, listener: socket.socket, options: ServeOptions, say: Callable[[str], None]) -> int:
+def serve(llm: RemoteLLM, listener: socket.socket, options: ServeOptions, say: Callable[[str], None]) -> int:
     """Answer requests until told to stop; returns the exit code. Must be called in the main thread.
 
     Raises what ended the engine, if it ended by itself.
     """
     bridge = Bridge(llm, options.max_queue)
-    with counting(llm.engine.kv.k.device) as kernels:
-        name = options.name or name_of(llm.name)
-        server = Server(
-            llm, bridge, Metrics(kernels), name, int(time.time()), options.max_body, options.timeout
-        )  # fmt: skip
-        app = make_app(server, options.api_key)
-        freeze()
-        try:
-            return answer(app, bridge, server.name, listener, options, say)
-        finally:
-            server.workers.shutdown(wait=False, cancel_futures=True)
+    server = Server(
+        llm, bridge, Metrics(llm.kernels), options.name or name_of(llm.name), int(time.time()), options.max_body,
+        options.timeout,
+    )  # fmt: skip
+    app = make_app(server, options.api_key)
+    torch.set_num_threads(1)  # only pictures are computed here, and on a CPU the engine needs the cores
+    freeze()
+    try:
+        return answer(app, bridge, server.name, listener, options, say)
+    finally:
+        server.workers.shutdown(wait=False, cancel_futures=True)
 
 
 def answer(

@@ -1,4 +1,7 @@
-"""A real server on a socket, in a thread of this process; every test must leave its engine idle and its pool whole."""
+"""A real server on a socket, in a thread of this process; every test must leave its engine idle and its pool whole.
+
+The engine is in a process of its own, as it is for users, but where a test has it do something else than usual.
+"""
 
 import asyncio
 import contextlib
@@ -7,19 +10,21 @@ import string
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import httpx
 import openai
 import pytest
 import uvicorn
 
-from lite_llm.engine.warm import counting
 from lite_llm.llm import DEMO, LLM
 from lite_llm.server.app import Server, make_app
 from lite_llm.server.bridge import Bridge
 from lite_llm.server.metrics import Metrics
 from lite_llm.server.options import ServeOptions, listen
+from lite_llm.server.remote import Kernels, RemoteLLM
 from lite_llm.server.run import name_of
+from tests.server.inside import check, counts, idle
 
 COPY = DEMO.parent / "copy"
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
@@ -31,12 +36,13 @@ class Running:
     """A server and how to reach it."""
 
     def __init__(
-        self, llm: LLM, api_key: str | None = None, max_queue=64, max_body=1 << 20, stall=30.0, timeout=None
+        self, llm: LLM | RemoteLLM, api_key: str | None = None, max_queue=64, max_body=1 << 20, stall=30.0, timeout=None
     ):  # fmt: skip
         self.llm, self.bridge = llm, Bridge(llm, max_queue, stall)
-        with counting(llm.engine.kv.k.device) as self.kernels:
-            metrics = Metrics(self.kernels)
-        self.server = Server(llm, self.bridge, metrics, name_of(llm.name), 1_800_000_000, max_body, timeout)
+        self.kernels = llm.kernels if isinstance(llm, RemoteLLM) else Kernels()
+        self.server = Server(
+            llm, self.bridge, Metrics(self.kernels), name_of(llm.name), 1_800_000_000, max_body, timeout
+        )
         self.died = threading.Event()
         self._listener = listen(ServeOptions(port=0))
         self.port = self._listener.getsockname()[1]
@@ -81,17 +87,42 @@ class Running:
 
     def settle(self, seconds: float = 10.0) -> None:
         """Wait until nothing is left to do; then every slot must have its owner."""
-        self.until(lambda: self.llm.engine.idle and not self.bridge.taken and not self.bridge._jobs, seconds)
-        scheduler = self.llm.engine.scheduler
-        scheduler.check()
-        assert not self.llm._streams and scheduler.prefix.protected == 0
-        assert scheduler.prefix.size + scheduler.slots.free_count == scheduler.capacity
+        self.until(lambda: not self.bridge.taken and not self.bridge._jobs and self.inside(idle), seconds)
+        self.inside(check)
+
+    def inside(self, question):
+        """What a function of `inside.py` says of the engine."""
+        answer: Future = Future()
+
+        def order() -> None:
+            try:
+                steady = self.bridge._llm
+                answer.set_result(steady.ask(question) if isinstance(steady, RemoteLLM) else question(steady))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self.bridge._order(order)
+        return answer.result(10)
+
+    @property
+    def running(self) -> int:
+        return self.inside(counts)[0]
+
+    @property
+    def waiting(self) -> int:
+        return self.inside(counts)[1]
+
+    @property
+    def made(self) -> int:
+        """Tokens so far."""
+        return self.inside(counts)[2]
 
 
 @contextlib.contextmanager
-def opened(model=None, **options) -> Iterator[LLM]:
+def opened(model=None, kind=LLM, **options) -> Iterator[LLM | RemoteLLM]:
+    """In this process, where tests can reach it, or as a `RemoteLLM`."""
     settings = dict(device="cpu", dtype="float32", kv_tokens=4096, max_requests=16, step_tokens=256) | options
-    with LLM(model, say=lambda text: None, **settings) as llm:
+    with kind(model, say=lambda text: None, **settings) as llm:
         yield llm
 
 
@@ -105,13 +136,13 @@ def demo():
 @pytest.fixture(scope="session")
 def copier():
     """Repeats the symbols of its prompt: every request carries its own right answer."""
-    with opened(COPY, kv_tokens=1200, max_requests=32) as llm:
+    with opened(COPY, RemoteLLM, kv_tokens=1200, max_requests=32) as llm:
         yield llm
 
 
 @pytest.fixture(scope="session")
 def shared():
-    with opened() as llm, Running(llm) as running:
+    with opened(kind=RemoteLLM) as llm, Running(llm) as running:
         yield running
 
 

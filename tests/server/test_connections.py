@@ -11,6 +11,7 @@ import pytest
 
 from lite_llm.server import reply
 from tests.server.conftest import CHAT, PARIS, Running, riddle
+from tests.server.inside import idle
 
 LONG = dict(messages=CHAT, max_tokens=1900, ignore_eos=True)
 
@@ -82,22 +83,22 @@ def raw(server: Running, path: str = "/v1/chat/completions", **fields) -> socket
 def test_leaving_ends_all_answers_at_once(server, wishes):
     connection = raw(server, **LONG | wishes)
     answers = wishes.get("n", 1)
-    server.until(lambda: len(server.llm.engine.scheduler.running) == answers)
-    before = server.llm.engine.scheduler.made
+    server.until(lambda: server.running == answers)
+    before = server.made
     connection.close()
-    server.until(lambda: not server.llm.engine.scheduler.running, 1.0)
-    assert server.llm.engine.scheduler.made - before < 1000 * answers
+    server.until(lambda: not server.running, 1.0)
+    assert server.made - before < 1000 * answers
     server.settle(1.0)
 
 
 def test_leaving_while_waiting_and_before_anything_was_said(server):
     running = [raw(server, **LONG | {"n": 8}) for _ in range(2)]  # all rows of the engine
-    server.until(lambda: len(server.llm.engine.scheduler.running) == 16)
+    server.until(lambda: server.running == 16)
     waiting = raw(server, **LONG)
-    server.until(lambda: len(server.llm.engine.scheduler.waiting) == 1)
+    server.until(lambda: server.waiting == 1)
     waiting.close()
-    server.until(lambda: not server.llm.engine.scheduler.waiting, 2.0)
-    assert len(server.llm.engine.scheduler.running) == 16
+    server.until(lambda: not server.waiting, 2.0)
+    assert server.running == 16
     for connection in running:
         connection.close()
     server.settle(2.0)
@@ -112,9 +113,9 @@ def test_leaving_while_waiting_and_before_anything_was_said(server):
 
 def test_a_client_that_does_not_read_holds_up_nobody(server):
     silent = [raw(server, **LONG | {"stream": True, "max_tokens": 200}) for _ in range(4)]
-    server.until(lambda: len(server.llm.engine.scheduler.running) == 4)
+    server.until(lambda: server.running == 4)
     assert server.chat().json()["choices"][0]["message"]["content"] == PARIS
-    server.until(lambda: server.llm.engine.idle)
+    server.until(lambda: server.inside(idle))
     for connection in silent:
         connection.close()
 

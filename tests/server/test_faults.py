@@ -10,9 +10,9 @@ import pytest
 
 from lite_llm.engine.request import SamplingParams
 from lite_llm.errors import EnvironmentProblem
-from lite_llm.outputs import Choice, Delta
 from lite_llm.prompts import Encoded
 from lite_llm.server import bridge as bridges
+from lite_llm.server import steady
 from lite_llm.server.job import Job
 from tests.server.conftest import PARIS, Running, opened
 from tests.server.test_connections import LONG, raw
@@ -88,7 +88,7 @@ def test_what_was_said_before_a_failed_step_is_not_lost(frail):
 
 def test_an_engine_that_can_only_fail_ends_the_server(monkeypatch):
     with opened() as llm, Running(llm) as running:
-        monkeypatch.setattr(bridges, "device_is_lost", lambda: True)
+        monkeypatch.setattr(steady, "device_is_lost", lambda: True)
         monkeypatch.setattr(llm.engine, "step", failing)
         answer = running.chat()
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_failed"
@@ -138,22 +138,26 @@ def test_an_idle_engine_stays_ready(demo, monkeypatch):
         assert running.bridge.ready
 
 
-def test_after_a_failed_step_everything_is_said_once():
-    """One job of two answers goes on, another one failed: what was handed on before does not come again."""
-    choices = {
-        "mine": [Choice(0, "ab", (1, 2), "stop", 2, 0), Choice(1, "abcd", (1, 2, 3), "", None, 0)],
-        "other": [Choice(0, "", (), "error", None, 0)],
-    }
-    llm = SimpleNamespace(
-        engine=SimpleNamespace(scheduler=SimpleNamespace(max_requests=4)),
-        result=lambda name: SimpleNamespace(choices=choices[name]),
-    )
-    bridge = bridges.Bridge(llm, max_queue=4)
-    mine = Job("mine", [Encoded([1])], SamplingParams(n=2), streamed=True)
-    mine.told, mine.said, mine.ended = [2, 1], [2, 2], [True, False]
-    bridge._jobs = {"mine": (mine, 0), "other": (Job("other", [Encoded([1])], SamplingParams(), streamed=True), 0)}
-    assert bridge._after(RuntimeError()) == [Delta("mine", 1, "cd", (2, 3)), Delta("other", 0, "", (), "error")]
-    assert set(bridge._jobs) == {"mine", "other"}
+def test_after_a_failed_step_everything_is_said_once(demo, monkeypatch):
+    """What landed before it raised comes, what was said before does not come again, and nobody is left in the dark."""
+    engine = steady.Steady(demo)
+    prompt, params = demo.read("a b c"), SamplingParams(max_tokens=6, ignore_eos=True, n=2)
+    engine.add_request("mine", prompt, params, "", None, streamed=True)
+    engine.add_request("other", prompt, params, "", None, streamed=False)
+    step, said = demo.engine.step, []
+    said += engine.step().rows
+    said += engine.step().rows
+
+    def landing_then_failing():
+        step()
+        raise RuntimeError
+
+    monkeypatch.setattr(demo.engine, "step", landing_then_failing)
+    last = engine.step().rows
+    assert [row[:2] for row in last] == [("mine", 0), ("mine", 1), ("mine", 0), ("other", 0)]
+    assert [row[4] for row in last] == [None, None, "error", "error"]
+    assert [sum(row[3] for row in said + last if row[:2] == ("mine", i)) for i in range(2)] == [3, 3]
+    assert not engine._open and engine.idle and not demo._streams
 
 
 def test_handing_out_pauses_but_not_for_what_is_urgent_and_nothing_is_forgotten():
@@ -162,7 +166,7 @@ def test_handing_out_pauses_but_not_for_what_is_urgent_and_nothing_is_forgotten(
     usual, urgent = (Job(name, [Encoded([1])], SamplingParams(), streamed=True) for name in ("usual", "urgent"))
 
     def say(job: Job) -> None:
-        job.pieces.append((0, Delta(job.id, 0, "x", (1,)), ()))
+        job.pieces.append((0, "x", 1, None, ()))
         bridge._fresh.add(job)
 
     async def run() -> None:

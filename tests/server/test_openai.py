@@ -159,12 +159,12 @@ def test_text_becomes_tokens_and_text_again(server):
     assert found["count"] == len(found["tokens"]) and found["max_model_len"] == server.llm.cfg.max_len
     text = server.post("/detokenize", tokens=found["tokens"]).json()["prompt"]
     assert text.endswith("Hello, 世界!")
-    assert server.post("/tokenize", messages=CHAT).json()["tokens"] == server.llm.encode(CHAT)
+    assert server.post("/tokenize", messages=CHAT).json()["tokens"] == server.llm.read(CHAT).ids
 
 
 def test_echo_with_logprobs_scores_the_prompt(server):
     """What lm-eval asks for: the prompt's token ids, one token more, and log probabilities of all of them."""
-    ids = server.llm.encode("The capital of France is Paris.")
+    ids = server.llm.read("The capital of France is Paris.").ids
     wishes = dict(model="demo/chat", temperature=0, max_tokens=1, logprobs=2, echo=True)
     for prompt in (ids, "The capital of France is Paris."):
         choice = server.openai.completions.create(prompt=prompt, **wishes).choices[0]

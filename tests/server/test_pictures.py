@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from lite_llm.server.remote import RemoteLLM
 from lite_llm.text.decoders import Decoders
 from lite_llm.text.fetch import Fetcher
 from tests.llm.llava import make, noise
@@ -41,7 +42,7 @@ def seeing(tmp_path_factory, decoders, site):
     folder = make(tmp_path_factory.mktemp("server") / "llava")
     options = dict(kv_tokens=400, max_requests=4, step_tokens=64, decode=decoders.decode)
     options["fetcher"] = Fetcher(resolve=site.resolve, dial=site.dial)
-    with opened(folder, **options) as llm, Running(llm, max_body=8 << 20) as running:
+    with opened(folder, RemoteLLM, **options) as llm, Running(llm, max_body=8 << 20) as running:
         yield running
 
 
