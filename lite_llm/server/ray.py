@@ -24,14 +24,13 @@ from ray.serve.schema import LoggingConfig
 from starlette.types import Message
 
 from lite_llm.config import EngineConfig
-from lite_llm.engine.warm import counting
 from lite_llm.errors import EnvironmentProblem
-from lite_llm.llm import LLM
 from lite_llm.server.app import Server, guarded, make_app
 from lite_llm.server.bridge import Bridge
 from lite_llm.server.front import Front
 from lite_llm.server.metrics import Metrics
 from lite_llm.server.options import ServeOptions, fetcher_from
+from lite_llm.server.remote import RemoteLLM
 from lite_llm.server.routing import PrefixRouter
 from lite_llm.server.run import answer, freeze, name_of
 from lite_llm.text.decoders import Decoders
@@ -50,12 +49,11 @@ class Replica:
         self, model: str | None, engine: dict, fetch_from: Sequence[str], options: ServeOptions, started: int
     ):
         decoders = Decoders()  # its processes end with this one
-        llm = LLM(model, fetcher=fetcher_from(fetch_from), decode=decoders.decode, **engine)
+        llm = RemoteLLM(model, fetcher=fetcher_from(fetch_from), decode=decoders.decode, **engine)
         self._bridge = Bridge(llm, options.max_queue)
-        kernels = contextlib.ExitStack().enter_context(counting(llm.engine.kv.k.device))
         name = options.name or name_of(llm.name)
         self._server = Server(
-            llm, self._bridge, Metrics(kernels), name, started, options.max_body, options.timeout
+            llm, self._bridge, Metrics(llm.kernels), name, started, options.max_body, options.timeout
         )  # fmt: skip
         self._app = make_app(self._server, None)  # the front has seen the key
         freeze()

@@ -6,9 +6,11 @@ those that say something. It ends with this process, however that ends.
 """
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -16,21 +18,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite_llm.config import ModelConfig
+from lite_llm.engine.constraint import Grammar
 from lite_llm.engine.request import SamplingParams
 from lite_llm.engine.warm import Say, counting
 from lite_llm.errors import EnvironmentProblem
 from lite_llm.llm import LLM
-from lite_llm.outputs import InFlight
+from lite_llm.outputs import InFlight, Output
 from lite_llm.prompts import Encoded, Prompt, Reader
 from lite_llm.server.link import Link, portable
 from lite_llm.server.steady import News, Steady
 from lite_llm.text import Tokenizer
 from lite_llm.text.fetch import Fetcher, Gone
+from lite_llm.text.grammar import GrammarCompiler
+from lite_llm.text.grammar_sources import Source
 
 if TYPE_CHECKING:
     from lite_llm.text.images import Decode
@@ -137,10 +144,20 @@ class RemoteLLM:
         self, name: str, prompt: Encoded, params: SamplingParams, salt: str, deadline: float | None, streamed: bool
     ) -> None:
         """As `Steady.add_request`. A moment of `time.monotonic` is the same in all processes of a machine."""
-        self._link.send((_Child.add_request, (name, prompt, params, salt, deadline, streamed)))
+        given = name, prompt, params, salt, deadline, streamed
+        if params.grammar is None:
+            self._link.send((_Child.add_request, given))
+        else:  # a compiled one cannot be sent
+            given = name, prompt, dataclasses.replace(params, grammar=None), salt, deadline, streamed
+            self._link.send((_Child.compile, (params.grammar.source, given)))
 
     def forget(self, name: str) -> None:
         self._link.send((_Child.forget, (name,)))
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """As `LLM.grammars`: what is wrong with a grammar is found on this side."""
+        return GrammarCompiler(self.tokenizer, self.cfg.vocab, self._eos_ids)
 
     def in_flight(self) -> InFlight:
         """Waits for the end of the step under way."""
@@ -188,8 +205,8 @@ class RemoteLLM:
     def _hear(self, hearer: str, *given: Any) -> None:
         self._hearers[hearer](*given)
 
-    def _loaded(self, folder: Path, name: str, cfg: ModelConfig, max_requests: int) -> None:
-        self._folder, self.name, self.cfg, self.max_requests = folder, name, cfg, max_requests
+    def _loaded(self, folder: Path, name: str, cfg: ModelConfig, eos_ids: set[int], max_requests: int) -> None:
+        self._folder, self.name, self.cfg, self._eos_ids, self.max_requests = folder, name, cfg, eos_ids, max_requests
 
     def _tell(self, news: News) -> None:
         self._news += news
@@ -250,10 +267,20 @@ class _Hearer:
         self.link.send((RemoteLLM._hear, (self.name, *given)))
 
 
+def _without_grammar(output: Output) -> Output:
+    """A compiled one cannot be sent."""
+    if output.params.grammar is None:
+        return output
+    return dataclasses.replace(output, params=dataclasses.replace(output.params, grammar=None))
+
+
 class _Child(Steady):
     def __init__(self, llm: LLM, link: Link):
         super().__init__(llm)
         self._link = link
+        self._compiler = ThreadPoolExecutor(1, "lite_llm-grammar")
+        self._compiling: set[str] = set()  # requests that wait for their grammar
+        self._compiled: queue.SimpleQueue[tuple[Exception | Grammar, tuple]] = queue.SimpleQueue()
 
     def run(self) -> None:
         """EOFError when the server is gone."""
@@ -261,17 +288,47 @@ class _Child(Steady):
             gc.collect()
             gc.freeze()  # 200,000 objects of torch and transformers, which a collection looks through for 50 ms
             llm, link = self.llm, self._link
-            link.send((RemoteLLM._loaded, (llm.folder, llm.name, llm.cfg, self.max_requests)))
+            link.send((RemoteLLM._loaded, (llm.folder, llm.name, llm.cfg, llm.eos_ids, self.max_requests)))
             heard = time.monotonic()
             while True:
                 for order, given in link.receive(_BEAT if self.idle else 0):
                     order(self, *given)
+                self._add_compiled()
                 news = self.step()
                 now = time.monotonic()
                 news.refused = [(name, portable(error)) for name, error in news.refused]
+                news.outputs = [_without_grammar(output) for output in news.outputs]
                 if news or now - heard > _BEAT / 2:
                     link.send((RemoteLLM._tell, (news,)))
                     heard = now
+
+    def compile(self, source: Source, given: tuple) -> None:
+        """Add a request with a grammar once that is compiled: it takes up to 0.1 s, and no step shall wait for it."""
+        self._compiling.add(given[0])
+        self._compiler.submit(self._compile, source, given)
+
+    def forget(self, name: str) -> None:
+        self._compiling.discard(name)
+        super().forget(name)
+
+    def _compile(self, source: Source, given: tuple) -> None:
+        try:
+            found = self.llm.grammars.compiled(source)
+        except Exception as error:
+            found = error
+        self._compiled.put((found, given))
+        self._link.ring()
+
+    def _add_compiled(self) -> None:
+        while not self._compiled.empty():
+            found, (name, prompt, params, *rest) = self._compiled.get()
+            if name not in self._compiling:  # forgotten meanwhile
+                continue
+            self._compiling.remove(name)
+            if isinstance(found, Exception):
+                self._news.refused.append((name, found))
+            else:
+                self.add_request(name, prompt, dataclasses.replace(params, grammar=found), *rest)
 
     def seen(self) -> tuple[InFlight, list[str], list[str]]:
         return self.in_flight(), [*self._kernels.compiled], [*self._kernels.loaded]

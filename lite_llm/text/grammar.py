@@ -31,9 +31,10 @@ _LIMITS = dict(step_lexer_fuel=50_000, step_max_items=10_000, max_lexer_states=5
 class CompiledGrammar:
     """`lite_llm.engine.constraint.Grammar`, for one model."""
 
-    def __init__(self, matcher: "llguidance.LLMatcher", words: int):
+    def __init__(self, source: Source, matcher: "llguidance.LLMatcher", words: int):
         import numpy as np
 
+        self.source = source
         self._first = Answer(matcher, np.zeros(words, dtype=np.int32))
         self._first.look()
 
@@ -80,7 +81,7 @@ class GrammarCompiler:
         self._tokenizer, self._vocab, self._end_ids = tokenizer, vocab, sorted(end_ids)
         self._lock = threading.Lock()
         self._known: llguidance.LLTokenizer | None = None
-        self._compiled = lru_cache(maxsize=_REMEMBERED)(self._compile)
+        self.compiled = lru_cache(maxsize=_REMEMBERED)(self._compile)
 
     def compile(self, **wish: Any) -> CompiledGrammar:
         """From what `source_of` takes: one of `json`, `regex`, `lark` and `choice`.
@@ -107,7 +108,7 @@ class GrammarCompiler:
             raise UsageError("there is no such tool to call" if only else "there is no tool to call")
         source = source_of_calls(self._form.layout, wanted, several, self._spelled)
         try:
-            return self._compiled(source)
+            return self.compiled(source)
         except UsageError:
             for where, _, schema in wanted:  # which one it is
                 self._named(where, source_of(json=schema))
@@ -115,7 +116,7 @@ class GrammarCompiler:
 
     def _named(self, name: str, source: Source) -> CompiledGrammar:
         try:
-            return self._compiled(source)
+            return self.compiled(source)
         except UsageError as error:
             raise UsageError(f"{name} is no usable grammar: {error}") from None
 
@@ -131,7 +132,7 @@ class GrammarCompiler:
         matcher = LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
         if matcher.is_error():
             raise UsageError(_line(matcher.get_error()))
-        compiled = CompiledGrammar(matcher, -(-self._vocab // 32))
+        compiled = CompiledGrammar(source, matcher, -(-self._vocab // 32))
         if compiled.problem:
             raise UsageError(compiled.problem)
         return compiled
