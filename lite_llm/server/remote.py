@@ -266,7 +266,7 @@ class _Child(Steady):
             while True:
                 for order, given in link.receive(_BEAT if self.idle else 0):
                     order(self, *given)
-                news = self.step()
+                news = News() if self.idle else self.step()
                 now = time.monotonic()
                 news.refused = [(name, portable(error)) for name, error in news.refused]
                 if news or now - heard > _BEAT / 2:
