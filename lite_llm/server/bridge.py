@@ -24,10 +24,6 @@ log = logging.getLogger("lite_llm")
 
 _IDLE_BEAT = 1.0  # seconds between two signs of life of an engine without work
 _ANSWER = 2.0  # seconds for the engine to answer a question: longer than any step should take
-_SHARE = 0.2
-"""Of the time, for handing tokens to clients: Python runs one thread at a time, and the engine needs the rest. Beyond
-it, the tokens of several steps go out together. What is first or last for a client never waits."""
-_LONGEST_QUIET = 0.05  # seconds
 
 
 class Bridge:
@@ -49,10 +45,7 @@ class Bridge:
         self._closing = False
         self._lock = threading.Lock()  # over the next two
         self._fresh: set[Job] = set()  # that have something to say
-        self._urgent: set[Job] = set()  # of these, those that shall not wait
-        self._woken = False
-        self._quiet_until = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._woken = False  # the event loop has yet to take them
         self._thread = threading.Thread(target=self._work, name="lite_llm-engine", daemon=True)
 
     def start(self, on_death: Callable[[], None]) -> None:
@@ -120,29 +113,11 @@ class Bridge:
         self._llm.ring()
 
     def _publish(self) -> None:
-        now = self._loop.time()
+        """In the event loop. While it is busy with the clients of one step, the tokens of the next ones join."""
         with self._lock:
-            if now < self._quiet_until:
-                jobs = self._urgent
-                self._fresh -= jobs
-            else:
-                jobs, self._fresh, self._woken = self._fresh, set(), False
-            self._urgent, later = set(), bool(self._fresh)
-            self._woken = later
-        if later and self._timer is None:
-            self._timer = self._loop.call_at(self._quiet_until, self._resume)
+            jobs, self._fresh, self._woken = self._fresh, set(), False
         for job in jobs:
             job.wake()
-        if jobs:
-            self._loop.call_soon(self._rest, now)  # behind the tasks that were woken
-
-    def _resume(self) -> None:
-        self._timer = None
-        self._publish()
-
-    def _rest(self, since: float) -> None:
-        now = self._loop.time()
-        self._quiet_until = now + min((now - since) * (1 / _SHARE - 1), _LONGEST_QUIET)
 
     # ---- the engine's thread
 
@@ -172,7 +147,7 @@ class Bridge:
     def _add(self, job: Job) -> None:
         if self.dead:
             job.end([], stopping())
-            return self._announce(job)
+            return self._announce({job})
         for place, (name, prompt) in enumerate(zip(job.names, job.prompts, strict=True)):
             self._jobs[name] = job, place
             self._llm.add_request(name, prompt, job.params, job.salt, job.deadline, job.streamed)
@@ -192,15 +167,7 @@ class Bridge:
         for name, error in news.refused:
             if found := jobs.get(name):
                 self._end(found[0], refusal_of(error))
-        with self._lock:
-            self._fresh |= spoken
-            self._urgent.update(job for job in spoken if not job.started)
-            wake = bool(self._urgent) or bool(self._fresh) and not self._woken
-            self._woken = self._woken or wake
-        for job in spoken:
-            job.started = True
-        if wake:
-            self._loop.call_soon_threadsafe(self._publish)
+        self._announce(spoken)
 
     def _hand_on(self, job: Job, at: int, row: Row) -> None:
         """Once for each token of each stream, so in few words. `at`: which choice of the job."""
@@ -233,17 +200,20 @@ class Bridge:
                 self._llm.forget(name)
             self._jobs.pop(name, None)
         job.end([] if failure else [job.answered[name] for name in job.names], failure)
-        self._announce(job)
+        self._announce({job})
 
     def _end_all(self, failure: Refusal) -> None:
         for job in {job for job, _ in self._jobs.values()}:
             self._end(job, failure)
 
-    def _announce(self, job: Job) -> None:
+    def _announce(self, jobs: set[Job]) -> None:
+        """Somebody has something to say to the clients of these."""
         with self._lock:
-            self._fresh.add(job)
-            self._urgent.add(job)
-        self._loop.call_soon_threadsafe(self._publish)
+            self._fresh |= jobs
+            wake = bool(self._fresh) and not self._woken
+            self._woken = self._woken or wake
+        if wake:
+            self._loop.call_soon_threadsafe(self._publish)
 
 
 class Seat:

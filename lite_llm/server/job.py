@@ -38,7 +38,6 @@ class Job:
     answered: dict[str, Output] = field(default_factory=dict)  # prompts that are complete, by name
     failure: Refusal | None = None
     over: bool = False
-    started: bool = False  # something has been said
 
     def __post_init__(self):
         several = len(self.prompts) > 1

@@ -294,7 +294,7 @@ class _Child(Steady):
                 for order, given in link.receive(_BEAT if self.idle else 0):
                     order(self, *given)
                 self._add_compiled()
-                news = self.step()
+                news = News() if self.idle else self.step()
                 now = time.monotonic()
                 news.refused = [(name, portable(error)) for name, error in news.refused]
                 news.outputs = [_without_grammar(output) for output in news.outputs]

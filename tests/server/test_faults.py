@@ -1,19 +1,15 @@
 """Steps that fail, hang, or fail for good: whoever is concerned is told, and nobody else notices (FLT-01, SRV-18)."""
 
-import asyncio
 import json
 import threading
-from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from lite_llm.engine.request import SamplingParams
 from lite_llm.errors import EnvironmentProblem
-from lite_llm.prompts import Encoded
 from lite_llm.server import bridge as bridges
 from lite_llm.server import steady
-from lite_llm.server.job import Job
 from tests.server.conftest import PARIS, Running, opened
 from tests.server.test_connections import LONG, raw
 
@@ -158,32 +154,3 @@ def test_after_a_failed_step_everything_is_said_once(demo, monkeypatch):
     assert [row[4] for row in last] == [None, None, "error", "error"]
     assert [sum(row[3] for row in said + last if row[:2] == ("mine", i)) for i in range(2)] == [3, 3]
     assert not engine._open and engine.idle and not demo._streams
-
-
-def test_handing_out_pauses_but_not_for_what_is_urgent_and_nothing_is_forgotten():
-    llm = SimpleNamespace(engine=SimpleNamespace(scheduler=SimpleNamespace(max_requests=4)))
-    bridge = bridges.Bridge(llm, max_queue=4)
-    usual, urgent = (Job(name, [Encoded([1])], SamplingParams(), streamed=True) for name in ("usual", "urgent"))
-
-    def say(job: Job) -> None:
-        job.pieces.append((0, "x", 1, None, ()))
-        bridge._fresh.add(job)
-
-    async def run() -> None:
-        bridge._loop = loop = asyncio.get_running_loop()
-        readers = {job.id: asyncio.create_task(job.news()) for job in (usual, urgent)}
-        await asyncio.sleep(0)
-        start = loop.time()
-        bridge._quiet_until = start + 0.2
-        say(usual)
-        bridge._publish()
-        say(urgent)
-        bridge._urgent.add(urgent)
-        bridge._publish()
-        await asyncio.sleep(0.02)
-        assert readers["urgent"].done() and not readers["usual"].done()
-        async with asyncio.timeout(2):
-            assert (await readers["usual"])[0].text == "x"
-        assert 0.15 < loop.time() - start < 1 and not bridge._fresh and not bridge._woken
-
-    asyncio.run(run())
