@@ -17,7 +17,7 @@ from lite_llm.config import EngineConfig, HFConfig
 from lite_llm.engine.build import Blueprint
 from lite_llm.engine.engine import Engine
 from lite_llm.engine.memory import MemoryPlan
-from lite_llm.engine.request import Request, SamplingParams
+from lite_llm.engine.request import Request, SamplingParams, each
 from lite_llm.engine.warm import Say, Warmth, warm_up
 from lite_llm.errors import BadCheckpoint, UsageError, shown
 from lite_llm.jsonfile import read_object
@@ -158,14 +158,14 @@ class LLM:
         A prompt is text, taken as it is with the tokenizer's BOS, or token ids. `params` is one for all or one each.
         """
         if isinstance(prompts, Encoded):
-            return self._answer([prompts], [_one(params)])[0]
+            return self._answer([prompts], [each(params, 1)[0]])[0]
         if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
             raise UsageError(
                 f"the prompt is a {type(prompts).__name__}; expected text, token ids, or a list of prompts"
             )
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            return self._answer([prompts], [_one(params)])[0]
-        return self._answer(prompts, _each(params, len(prompts)))
+            return self._answer([prompts], [each(params, 1)[0]])[0]
+        return self._answer(prompts, each(params, len(prompts)))
 
     def chat(
         self,
@@ -183,8 +183,8 @@ class LLM:
                 'pass [{"role": "user", "content": "..."}], or use generate for plain text',
             )
         if not messages or isinstance(messages[0], Mapping):
-            return self._answer([messages], [_one(params)])[0]
-        return self._answer(messages, _each(params, len(messages)))
+            return self._answer([messages], [each(params, 1)[0]])[0]
+        return self._answer(messages, each(params, len(messages)))
 
     def _answer(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Output]:
         names: list[str] = []
@@ -384,21 +384,6 @@ def _generation_config(path: Path) -> dict[str, object]:
     except UsageError as error:
         raise BadCheckpoint(f"{path}: {error}", "correct the file") from None
     return defaults
-
-
-def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingParams:
-    return _each(params, 1)[0]
-
-
-def _each(params: SamplingParams | Sequence[SamplingParams] | None, n: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * n
-    if not isinstance(params, Sequence) or not all(isinstance(wish, SamplingParams) for wish in params):
-        raise UsageError(f"params is a {type(params).__name__}; expected SamplingParams, or a list of them")
-    wishes = list(params)
-    if len(wishes) != n:
-        raise UsageError(f"{len(wishes)} sampling parameters for {n} prompts; expected one for all or one each")
-    return wishes
 
 
 def _ids(value: object) -> list[int]:

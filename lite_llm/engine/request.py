@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -119,6 +119,18 @@ class SamplingParams:
 
 def _a(kind: type) -> str:
     return {int: "a whole number", float: "a number"}[kind]
+
+
+def each(params: SamplingParams | Sequence[SamplingParams] | None, n: int) -> list[SamplingParams]:
+    """Those of n prompts: one for all, or a list of one each. UsageError for anything else."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * n
+    if not isinstance(params, Sequence) or not all(isinstance(wish, SamplingParams) for wish in params):
+        raise UsageError(f"params is a {type(params).__name__}; expected SamplingParams, or a list of them")
+    wishes = list(params)
+    if len(wishes) != n:
+        raise UsageError(f"{len(wishes)} sampling parameters for {n} prompts; expected one for all or one each")
+    return wishes
 
 
 @dataclass(frozen=True, eq=False)
