@@ -1,4 +1,4 @@
-"""`lite-llm serve`: the OpenAI-compatible server in this process."""
+"""`lite-llm serve`: the OpenAI-compatible server in this process, the model in another."""
 
 import argparse
 import contextlib

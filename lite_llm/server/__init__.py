@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server: one thread steps the engine, an event loop speaks HTTP, worker threads read requests.
+"""An OpenAI-compatible server: a process steps the engine; here an event loop speaks HTTP, and threads read requests.
 
 `options` and `loading` come before the model and need no torch; `run` serves it. Needs the extra `serve`.
 """

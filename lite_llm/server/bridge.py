@@ -1,4 +1,4 @@
-"""Between the event loop and the engine: one thread owns the LLM, or what it is heard through, and steps it.
+"""Between the event loop and the engine: one thread hears the engine's process, or steps an LLM in this one.
 
 The engine never waits for a client. What it says is left at the job, and the event loop is woken once for all jobs.
 """

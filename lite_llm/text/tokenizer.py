@@ -4,6 +4,7 @@
 which is never changed after `load` and so may be shared by threads.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,6 +85,12 @@ class Tokenizer:
         if not hf.chat_template:  # processors (LLaVA) keep it in a file that tokenizers do not read
             hf.chat_template = _json(path / "chat_template.json").get("chat_template")
         return cls(hf, notices)
+
+    @staticmethod
+    def prepare() -> None:
+        """Import what `load` needs, 0.7 s, while there is something else to wait for; `load` says what is missing."""
+        with contextlib.suppress(ImportError):
+            from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast  # noqa: F401
 
     def encode(self, text: str, max_chars: int | None = None) -> list[int]:
         """The ids of a plain prompt, BOS added if the tokenizer does so and the text does not begin with it.
