@@ -75,6 +75,10 @@ def hang(steady: Steady, seconds: float) -> None:
     engine.step = hanging
 
 
+def compile_one(steady: Steady) -> None:
+    steady._kernels.compiled.append("attend")
+
+
 def wrong(steady: Steady) -> None:
     raise ValueError("asked for nonsense")
 

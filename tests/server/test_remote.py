@@ -74,8 +74,11 @@ def test_answers_are_those_of_an_engine_in_this_process(server, demo, wishes):
             asked.chat()  # both have it in the cache now
         one, other = (asked.chat(**wishes).json() for asked in (here, server))
         assert one["choices"] == other["choices"] and one["usage"] == other["usage"]
+        whole = [
+            (choice["message"]["content"], (choice["logprobs"] or {}).get("content", [])) for choice in one["choices"]
+        ]
         one, other = (texts(asked.chat(stream=True, **wishes).text) for asked in (here, server))
-        assert one == other and len(one) == wishes.get("n", 1)
+        assert one == other and [(text, logprobs) for _, (text, logprobs, _) in one] == whole
         here.settle()
 
 
@@ -214,9 +217,11 @@ def test_loading_is_told_and_can_be_interrupted():
             )
     handler = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     signal.setitimer(signal.ITIMER_REAL, 0.5)
+    start = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
             RemoteLLM(make=inside.sleeping)
+        assert time.monotonic() - start < 4, "it ends by itself, not because it is killed"
     finally:
         signal.signal(signal.SIGALRM, handler)
     assert engines(os.getpid()) == before
@@ -308,6 +313,12 @@ def test_the_event_loop_is_woken_once_for_all_that_is_said_until_it_comes():
         assert len(woken) == 1
 
     asyncio.run(run())
+
+
+def test_kernels_that_the_child_compiles_are_counted(alone):
+    assert 'compiles_total{how="compiled"} 0.0' in httpx.get(alone.url + "/metrics").text
+    alone.inside(inside.compile_one)
+    assert 'compiles_total{how="compiled"} 1.0' in httpx.get(alone.url + "/metrics").text
 
 
 def test_pictures_need_no_engine_and_deadlines_are_the_same_in_all_processes(alone):
