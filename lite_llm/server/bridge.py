@@ -70,7 +70,7 @@ class Bridge:
 
     def submit(self, job: Job) -> None:
         self._order(functools.partial(self._add, job))
-        if self.dead:  # looked at after the order is there: the dying thread looks the other way round
+        if self.dead and not job.over:  # looked at after the order is there: the dying thread looks the other way round
             raise stopping()
 
     def cancel(self, job: Job) -> None:

@@ -163,9 +163,12 @@ class Load(threading.Thread):
 
 def test_of_a_killed_replica_only_streams_that_had_begun_are_lost(replicas, server):
     victim, other = processes_of(replicas, "ray::ServeReplica")
+    streams = []
+    for i in range(8, 14):  # each once it is known who has the one before, so that both replicas have some
+        streams.append(one := Load(replicas.url, i, streamed=True))
+        until(lambda one=one: len(one.lines) > 4)
     whole = [Load(replicas.url, i, streamed=False) for i in range(8)]
-    streams = [Load(replicas.url, i, streamed=True) for i in range(8, 14)]
-    until(lambda: all(len(one.lines) > 4 for one in streams))
+    until(lambda: httpx.get(replicas.url + "/v1/requests").json()["running"] >= 8)
     waiting = sum(one.is_alive() for one in whole)
     os.kill(victim, signal.SIGKILL)
     for one in whole + streams:
