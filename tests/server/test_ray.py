@@ -305,6 +305,7 @@ def test_a_request_that_kills_replicas_is_given_up():
 
 def test_a_replica_whose_engine_is_lost_ends_its_process(monkeypatch):
     from lite_llm.server import ray
+    from tests.server import inside
 
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
@@ -318,9 +319,17 @@ def test_a_replica_whose_engine_is_lost_ends_its_process(monkeypatch):
         taken, start, answer = [message async for message in replica.answer(scope, body, ())]
         assert taken == {"type": "taken"} and start["status"] == 200 and PARIS.encode() in answer["body"]
         await replica.check_health()
-        replica._bridge._llm.process.kill()
+        lost = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def order() -> None:
+            replica._bridge._llm.ask(inside.lose_device)
+            loop.call_soon_threadsafe(lost.set)
+
+        replica._bridge._order(order)
+        await lost.wait()
         _, start, _ = [message async for message in replica.answer(scope, body, ())]
-        assert start["status"] in (500, 503)  # 503: its end was known before the request came
+        assert start["status"] == 500
         with pytest.raises(RuntimeError, match="engine has stopped"):
             await replica.check_health()
         await replica._bridge.close()
