@@ -235,3 +235,10 @@ def test_cost_stays_flat_over_a_long_run():
         marks.append(calls)
         assert len(pool._largest) <= 65 + 4 * len(pool._end) + 64
     assert min(marks[-4:]) < 1.5 * min(marks[2:6]), marks
+
+
+def test_a_slot_given_back_is_the_one_that_comes_next():
+    pool = SlotPool(5)
+    pool.alloc(4)
+    pool.free([1])
+    assert pool.alloc(1) == [1]
