@@ -40,7 +40,7 @@ class EngineConfig:
     context: int | None = None  # longest prompt + answer; None: what model and pool allow
     kv_tokens: int | None = None  # slots of the KV pool
     max_requests: int = 64  # requests that advance together
-    step_tokens: int = 2048  # token budget of one step
+    step_tokens: int = 2048  # most tokens of prompts in one step
     max_slowdown: float | None = None  # a step with prompts takes at most this many times one without; None: any time
     prefix_cache: bool = True  # keep the KV of finished requests for prompts that begin alike
     cuda_graphs: bool = True  # on a GPU: record each shape of step once, and replay it

@@ -77,7 +77,6 @@ class Engine:
         fixed = runner.shapes(max_requests, step_tokens) if graphs else []
         prompts = max(shape.prompts for shape in fixed) if graphs else max_requests
         self.max_slowdown = max_slowdown
-        self.scheduler = Scheduler(slots, max_requests, step_tokens, prefix, prompts, self._beside)
         most = Shape(max_requests, prompts, step_tokens)
         with self._on_stream():
             self.state = DeviceState(max_requests, cfg.max_len, cfg.vocab, ahead + 2, device)
@@ -85,6 +84,8 @@ class Engine:
             if cfg.vision is not None:
                 encoder = Encoder(model, cfg, most.decodes + most.tokens, device, kv.k.dtype)
             self.runner = Runner(model, kv, self.state, usable_vocab or cfg.vocab, fixed, most, encoder)
+        rules = self._beside, self.runner.fill
+        self.scheduler = Scheduler(slots, max_requests, step_tokens, prefix, prompts, *rules)
         self.flights: deque[Flight] = deque()
         self.launched = 0
 

@@ -44,8 +44,12 @@ DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BETWEEN = tuple(n // 4 * quarters for n in TOKENS[4:-1] for quarters in (5, 6, 7))
 """Further numbers of tokens, of steps that nobody decodes in: their first token waits for every pad."""
+BESIDE = (16, 64, 128)
+"""Decodes that prompts are computed beside; in steps of at least 64 tokens, for fewer take as long."""
 PROMPTS = 32
 """Most prompts in one step of a graph."""
+READING = 192
+"""Tokens that are multiplied in the time that a step needs to read the weights, roughly, on GPUs of several kinds."""
 
 
 def shapes(max_requests: int, step_tokens: int) -> list[Shape]:
@@ -53,9 +57,9 @@ def shapes(max_requests: int, step_tokens: int) -> list[Shape]:
     decodes = [n for n in DECODES if n < max_requests] + [max_requests]
     tokens = [n for n in TOKENS if n < step_tokens] + [step_tokens]
     prompts = min(PROMPTS, max_requests)
-    beside = sorted({0, min(8, max_requests), min(64, max_requests), max_requests})
-    mixed = [Shape(d, min(prompts, t), t) for t in tokens for d in beside]
-    mixed += [Shape(0, min(prompts, t), t) for t in BETWEEN if t < step_tokens]
+    beside = [n for n in BESIDE if n < max_requests] + [max_requests]
+    mixed = [Shape(d, min(prompts, t), t) for t in tokens if t >= min(64, step_tokens) for d in beside]
+    mixed += [Shape(0, min(prompts, t), t) for t in tokens + [t for t in BETWEEN if t < step_tokens]]
     return [Shape(d, 0, 0) for d in decodes] + sorted(mixed, key=lambda shape: shape.decodes + shape.tokens)
 
 
@@ -106,6 +110,23 @@ class Runner:
         mixed = [shape for shape in self.seconds if shape.prompts and shape.decodes >= decodes]
         fast = [shape.tokens for shape in mixed if self.seconds[shape] <= most]
         return max(fast, default=min(shape.tokens for shape in mixed))
+
+    def fill(self, decodes: int, tokens: int) -> int:
+        """How many of a step's tokens of prompts are better computed in it, and not in the next one.
+
+        All, unless fewer pads are computed if the largest shape that they fill comes first and one for the rest next: a
+        step in which others decode takes place anyway, another one has to be worth reading the weights once more.
+        """
+        if not self.fixed:
+            return tokens
+        chosen = self.fit(decodes, 1, 1).decodes
+        sizes = sorted(shape.tokens for shape in self.fixed if shape.decodes == chosen and shape.prompts)
+        filled = max((size for size in sizes if size <= tokens), default=tokens)
+        if filled < tokens:
+            whole, rest = (next(size for size in sizes if size >= n) for n in (tokens, tokens - filled))
+            if whole > filled + rest + (0 if decodes else READING):
+                return filled
+        return tokens
 
     def send(self, shape: Shape, rows: list[int], prompts: Sequence[Piece]) -> None:
         """Fill the inputs: rows that decode, and pieces of prompts."""

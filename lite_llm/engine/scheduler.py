@@ -25,9 +25,9 @@ MOST_REVEALED = 64
 
 
 class Scheduler:
-    """Every step spends a token budget, oldest request first.
+    """Every step spends a budget of prompts' tokens, oldest request first; each request that decodes advances beside.
 
-    One token is kept back for each running request, so no decode ever waits for a prompt; the rest goes to prompts.
+    No decode ever waits for a prompt, and each prompt that was begun gets on.
     Chunked prompts and mixed batches need no code of their own. When the pool is full, the youngest running request
     gives its slots up and is computed again later; but first all give up what they do not need yet.
     """
@@ -40,12 +40,16 @@ class Scheduler:
         prefix: PrefixCache | NoPrefix,
         prompts: int,
         beside: Callable[[int], int] | None = None,
+        fill: Callable[[int, int], int] | None = None,
     ):
-        """`prompts`: most requests in a step that advance by tokens which the device does not hold. `beside` says how
-        many such tokens a step may have, by the number of requests that decode in it; None: all that fit.
+        """`step_tokens`: most tokens of a step that the device does not hold; `prompts`: of how many requests.
+
+        `beside` says how many such tokens a step may have, by the number of requests that decode in it; None: all that
+        fit. `fill` says how many of a step's tokens are better computed in it, and not in the next one, by the numbers
+        of requests that decode in it and of such tokens; None: all.
         """
         assert step_tokens >= max_requests, "every running request must fit in a step"
-        self.prompts, self.beside = prompts, beside
+        self.prompts, self.beside, self.fill = prompts, beside, fill
         self.slots, self.prefix, self.step_tokens = slots, prefix, step_tokens
         self.max_requests = max_requests
         self.free_rows = list(range(max_requests))[::-1]
@@ -110,7 +114,7 @@ class Scheduler:
             prompts -= not request.decoding
         if any(len(request.slots) > request.written for request in self.running):
             self._stock()
-        return sorted(plan, key=lambda entry: not entry[0].decoding)
+        return self._filled(sorted(plan, key=lambda entry: not entry[0].decoding))
 
     def launched(self, plan: Plan) -> None:
         """The step is on its way. It will bring a token to each request that has then computed all its tokens."""
@@ -163,13 +167,26 @@ class Scheduler:
 
     def _spare(self) -> int:
         """Tokens of a step beyond one for each running request."""
-        spare, decodes = self.step_tokens - len(self.running), sum(r.decoding for r in self.running)
+        decodes = sum(r.decoding for r in self.running)
         reading = len(self.running) - decodes
+        spare = self.step_tokens - reading
         if self.beside is not None and decodes and (reading or self.waiting):
             spare = min(spare, max(self.beside(decodes) - reading, 0))
         if any(r.revealing for r in itertools.chain(self.running, itertools.islice(self.waiting, self.prompts))):
             spare = min(spare, max(MOST_REVEALED - reading, 0))
         return spare
+
+    def _filled(self, plan: Plan) -> Plan:
+        """Without those of the last tokens that `fill` leaves to the next step; their slots are kept."""
+        decodes = sum(request.decoding for request, _ in plan)
+        tokens = sum(n for _, n in plan[decodes:])
+        excess = tokens - self.fill(decodes, tokens) if tokens and self.fill else 0
+        while excess:
+            request, n = plan.pop()
+            if n > excess:
+                plan.append((request, n - excess))
+            excess -= min(n, excess)
+        return plan
 
     @property
     def _full(self) -> bool:

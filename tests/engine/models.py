@@ -77,10 +77,14 @@ class Bounded(Scheduler):
 class Simulation:
     """A scheduler over a pool of plain Python: what a slot holds is the hash of the prefix that was written to it."""
 
-    def __init__(self, slots: int = 16, rows: int = 3, step_tokens: int = 6, cache: bool = True, vocab: int = 4):
+    def __init__(
+        self, slots: int = 16, rows: int = 3, step_tokens: int = 6, cache: bool = True, vocab: int = 4, full: int = 1
+    ):
+        """Tokens of prompts are computed in multiples of `full`, once there are as many."""
         pool = SlotPool(slots)
         prefix = PrefixCache(pool.mark) if cache else NoPrefix()
-        self.scheduler = Bounded(pool, rows, step_tokens, prefix, rows)
+        self.scheduler = Bounded(pool, rows, step_tokens, prefix, rows, fill=lambda _, n: n // full * full or n)
+        self.full = full
         self.vocab, self.pool, self.steps = vocab, {}, 0
 
     def add(self, ids: Sequence[int], answer: int = 8, stop_ids: Iterable[int] = ()) -> Watched:
@@ -135,11 +139,16 @@ class Simulation:
 
     def _check_plan(self, plan: Plan, before: list[Request], queue: list[Request]) -> None:
         scheduler = self.scheduler
-        counts, planned = [n for _, n in plan], [request for request, _ in plan]
-        assert all(n >= 1 for n in counts) and sum(counts) <= scheduler.step_tokens
+        planned = [request for request, _ in plan]
+        tokens = sum(n for request, n in plan if not request.decoding)
+        assert all(n >= 1 for _, n in plan) and tokens <= scheduler.step_tokens
+        assert tokens < self.full or tokens % self.full == 0
         assert sorted(plan, key=lambda e: not e[0].decoding) == plan, "those that decode come first"
         assert len(set(map(id, planned))) == len(planned)
-        assert {id(r) for r in planned} == {id(r) for r in scheduler.running}, "somebody was left out"
+        left = [r for r in scheduler.running if r not in planned]
+        readers = [r for r in scheduler.running if not r.decoding]
+        assert left == readers[len(readers) - len(left) :], "somebody was left out who decodes, or began earlier"
+        assert not left or self.full > 1, "somebody was left out"
         evicted = [r for r in before if r not in scheduler.running]
         again = [r for r in before if r in scheduler.running]
         assert before[: len(again)] == again, "an older request gave way to a younger one"
