@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ class Steps:
                 raise RuntimeError(f"{calls} calls of step gave {steps:g} tokens to each request")
             idle = {}
             if self.batch == 1 and not self.sampled and llm.engine.stream:
-                idle = idle_shares(_kernels(flight))
+                idle = idle_shares(kernels(flight.step, PROFILED))
             flight.finish()
         context = self.prompt(effort) + before + steps / 2
         item = llm.engine.kv.k.element_size()
@@ -210,11 +210,11 @@ def _wait() -> None:
 # ---- how much of a step the GPU is idle
 
 
-def _kernels(flight: Flight) -> list[tuple[float, float, int]]:
+def kernels(step: Callable[[], object], steps: int) -> list[tuple[float, float, int]]:
     """Start and end of everything that ran on the GPU in some steps, in us, and the number of its launch."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(PROFILED):
-            flight.step()
+        for _ in range(steps):
+            step()
         _wait()
     with tempfile.TemporaryDirectory() as folder:
         profile.export_chrome_trace(f"{folder}/trace.json")
@@ -226,17 +226,17 @@ def _kernels(flight: Flight) -> list[tuple[float, float, int]]:
     ]
 
 
-def idle_shares(kernels: Sequence[tuple[float, float, int]]) -> dict:
+def idle_shares(ran: Sequence[tuple[float, float, int]]) -> dict:
     """Share of the time in which nothing runs, and of that between two launches: graphs, or kernels where none is one.
 
     The first tenth is left out: a profile begins while the GPU waits for it. None where a profiler saw nothing.
     """
-    kernels = sorted(kernels)[len(kernels) // 10 :]
-    if not kernels:
+    ran = sorted(ran)[len(ran) // 10 :]
+    if not ran:
         return {"idle": None, "idle_between_launches": None}
-    begin, end, launch = kernels[0]
+    begin, end, launch = ran[0]
     idle = between = 0.0
-    for start, stop, number in kernels:
+    for start, stop, number in ran:
         gap = max(start - end, 0.0)
         idle += gap
         between += gap * (number != launch)

@@ -60,7 +60,8 @@ def test_tokens_of_prompts_wait_where_that_saves_pads():
     chooser.fixed = runner.shapes(256, 8192)
     for decodes, tokens, now in (
         (1, 1, 1), (1, 64, 64), (1, 100, 100), (1, 129, 128), (100, 280, 256), (100, 400, 400), (100, 1100, 1024),
-        (0, 70, 70), (0, 280, 280), (0, 1030, 1024), (0, 1100, 1100), (0, 2100, 2048), (0, 8000, 8000), (256, 8192, 8192),
+        (0, 70, 70), (0, 280, 280), (0, 1030, 1024), (0, 1100, 1100), (0, 2100, 2048), (0, 8000, 8000),
+        (256, 8192, 8192),
     ):  # fmt: skip
         assert chooser.fill(decodes, tokens) == now
     draw = random.Random(0)

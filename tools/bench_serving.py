@@ -1,0 +1,230 @@
+"""Time many requests at once on this machine: against the limits of their steps, static batches, and vLLM's figures.
+
+    python tools/bench_serving.py [--shape llama-3.2-1b ...] [--requests 1000] [--json FILE]
+
+"mixed": 256 requests, inputs of 64 to 512 tokens, outputs of 32 to 256, as vLLM's figures were taken. "chat": requests
+whose lengths are spread as those of conversations are (inputs of 215 tokens in the mean, outputs of 197), once with
+continuous batching and once in batches that wait for their longest answer. The limit is the sum over the steps that
+were run, each at the memory's or the matmuls' rate of this run, class by class. "idle" is the GPU's share of time with
+nothing to do while requests join and leave. 256 requests at a time, random weights, no prefix cached; a shape counts
+only if its tokens are those of an engine without CUDA graphs, up to rounding. Exit code 1 where they are not.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
+
+from lite_llm import LLM
+from lite_llm.config import ModelConfig
+from lite_llm.engine.roofline import Ceilings, step_costs
+from lite_llm.engine.scheduler import Plan
+from lite_llm.models import shapes
+from tools import bench_peers as peers
+from tools.bench_engine import idle_shares, kernels
+from tools.benchmark.work import Lengths
+from tools.environment import environment
+
+TOGETHER, STEP_TOKENS = 256, 4096
+LONGEST = 2048  # tokens of a prompt, and of an answer, where lengths are drawn without a bound
+MIXED = 256, Lengths.parse("64-512"), Lengths.parse("32-256")
+CHAT = "lognormal:143:0.9", "lognormal:131:0.9"
+VLLM_MIXED = {"llama-3.2-1b": (37_129, 1.4), "qwen2.5-3b": (19_671, 1.4), "llama-3.1-8b": (9_342, 1.15)}
+"""Output tokens per second, as `peers.VLLM_SOURCE` but for the lengths, and how many times that we mean to reach."""
+LIMIT_GOALS = {"llama-3.2-1b": 0.60, "llama-3.1-8b": 0.70}
+LEAD, PROFILED = 120, 60  # steps before the profiler looks, and while it does
+
+
+class Advance(NamedTuple):
+    """One request in one step: `new` tokens behind `old` ones, and whether its last one is followed by another."""
+
+    old: int
+    new: int
+    sampled: bool
+
+
+def limit(cfg: ModelConfig, itemsize: int, step: Sequence[Advance], roof: Ceilings) -> float:
+    """Seconds of one step at the limit: weights once, keys and values once for each request, logits where needed."""
+    tokens, rows = sum(a.new for a in step), sum(a.sampled for a in step)
+    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    read = sum(min(a.old, window or a.old) + a.new for a in step for window in cfg.windows)
+    seen = sum(_pairs(a, window) for a in step for window in cfg.windows)
+    seconds = 0.0
+    for cost in step_costs(cfg, itemsize, tokens, 0):
+        if cost.name == "attention":
+            cost = dataclasses.replace(cost, bytes=2 * kv * itemsize * read, flops=4 * q * seen)
+        if cost.name == "head":
+            cost = dataclasses.replace(cost, bytes=cost.bytes * (rows > 0), flops=cost.flops * rows // tokens)
+        seconds += cost.floor(roof)
+    return seconds
+
+
+def _pairs(a: Advance, window: int | None) -> int:
+    """Of a token and one that it sees."""
+    if window is None or a.old + a.new <= window:
+        return a.new * a.old + a.new * (a.new + 1) // 2
+    return sum(min(a.old + i, window) for i in range(1, a.new + 1))
+
+
+class Watch:
+    """Notes the steps that an LLM runs."""
+
+    def __init__(self, llm: LLM):
+        self.steps: list[list[Advance]] = []
+        scheduler = llm.engine.scheduler
+        self._launched, scheduler.launched = scheduler.launched, self._note
+
+    def _note(self, plan: Plan) -> None:
+        self.steps.append([Advance(request.cached, n, n == request.pending) for request, n in plan])
+        self._launched(plan)
+
+
+class Load(NamedTuple):
+    prompts: list[list[int]]
+    new: list[int]
+
+    @classmethod
+    def draw(cls, vocab: int, count: int, inputs: Lengths, outputs: Lengths, seed: int = 1234) -> "Load":
+        draw = Random(seed)
+        lengths = [(inputs.draw(draw), outputs.draw(draw)) for _ in range(count)]
+        return cls([[draw.randrange(vocab) for _ in range(n)] for n, _ in lengths], [new for _, new in lengths])
+
+    @property
+    def context(self) -> int:
+        return max(len(prompt) + new for prompt, new in zip(self.prompts, self.new))
+
+    def part(self, first: int, end: int) -> "Load":
+        return Load(self.prompts[first:end], self.new[first:end])
+
+    def seconds(self, llm: LLM) -> float:
+        """Until the last answer, all sent at once. RuntimeError if one has another length than it was to have."""
+        start = time.perf_counter()
+        outputs = llm.generate(self.prompts, [peers.wish(False, new) for new in self.new])
+        seconds = time.perf_counter() - start
+        lengths = [len(output.choices[0].token_ids) for output in outputs]
+        if lengths != self.new:
+            raise RuntimeError(f"answers of {lengths[:8]} tokens; expected {self.new[:8]}")
+        return seconds
+
+
+def measured(shape: str, options: dict, requests: int, rounds: int, roof: Ceilings) -> dict:
+    options = dict(options, shape=shape, random_weights=True, prefix_cache=False, say=lambda text: None)
+    facts = shapes.shape_config(shape)
+    longest = min(LONGEST, facts["max_position_embeddings"] // 2)
+    vocab, spread = facts["vocab_size"], [Lengths.parse(text, longest) for text in CHAT]
+    mixed, chat = Load.draw(vocab, *MIXED), Load.draw(vocab, requests, *spread)
+    options |= {"max_requests": TOGETHER, "step_tokens": STEP_TOKENS}
+    with LLM(**options, context=peers.GATE_LENGTH, cuda_graphs=False) as llm:
+        right = peers.gate_answers(llm, (8, False), logprobs=True)
+    with LLM(**options, context=max(mixed.context, chat.context, peers.GATE_LENGTH)) as llm:
+        found = {"shape": shape, "gate": peers.gate(peers.gate_answers(llm, (8, False)), right, sampled=False)}
+        if found["gate"]["wrong"]:
+            return found
+        item, watch = llm.engine.kv.k.element_size(), Watch(llm)
+
+        def timed(name: str, load: Load) -> float:
+            times = []
+            for _ in range(rounds + 1):  # the first one warms up
+                watch.steps.clear()
+                times.append(load.seconds(llm))
+            least = sum(limit(llm.cfg, item, step, roof) for step in watch.steps)
+            seconds, tokens = statistics.median(times[1:]), sum(load.new)
+            found[name] = {
+                "requests": len(load.new), "prompt_tokens": sum(map(len, load.prompts)), "new_tokens": tokens,
+                "seconds": seconds, "seconds_rounds": times[1:], "tokens_per_second": tokens / seconds,
+                "steps": len(watch.steps), "limit_seconds": least, "of_limit": least / seconds,
+            }  # fmt: skip
+            return seconds
+
+        timed("mixed", mixed)
+        seconds = timed("chat", chat)
+        batches = range(0, requests, TOGETHER)
+        static = sum(chat.part(first, first + TOGETHER).seconds(llm) for first in batches)
+        found["chat"] |= {"static_seconds": static, "times_static": static / seconds}
+        if llm.engine.stream:
+            found["joins"] = joins(llm, chat)
+        return found
+
+
+def joins(llm: LLM, load: Load) -> dict:
+    """How much the GPU is idle while requests leave and others join."""
+    names = [llm.add_request(ids, peers.wish(False, new)) for ids, new in zip(load.prompts, load.new)]
+    ended = 0
+
+    def step() -> None:
+        nonlocal ended
+        ended += sum(delta.finish_reason is not None for delta in llm.step())
+
+    for _ in range(LEAD):
+        step()
+    ended = 0
+    found = idle_shares(kernels(step, PROFILED)) | {"steps": PROFILED, "left": ended}
+    for name in names:
+        llm.forget(name)
+    return found
+
+
+def table(record: dict) -> Table:
+    rates = f"copy {record['copy_tb_s']:.3g} TB/s, matmul {record['matmul_tflop_s']:.3g} TFLOP/s"
+    made = Table(title=f"{record.get('gpu', record['cpu'])}: {rates}", caption="goals in brackets")
+    for name in ("requests", "tokens/s", "of the limit", "against", "idle", "gate"):
+        made.add_column(name, justify="right")
+    for found in record["rows"]:
+        shape, gate, idle = found["shape"], found["gate"], found.get("joins")
+        if gate["wrong"]:
+            made.add_row(shape, gate["wrong"])
+            continue
+        mixed, chat = found["mixed"], found["chat"]
+        theirs, goal = VLLM_MIXED.get(shape, (None, None))
+        rate = mixed["tokens_per_second"]
+        against = f"{rate / theirs:.2f} x vLLM ({goal:g})" if theirs else ""
+        said = f"{gate['equal']} of {gate['answers']} equal"
+        made.add_row(f"{shape}, mixed", f"{rate:,.0f}", f"{mixed['of_limit']:.2f}", against, "", said)
+        share = f"{chat['of_limit']:.2f}" + (f" ({LIMIT_GOALS[shape]:.2f})" if shape in LIMIT_GOALS else "")
+        made.add_row(
+            f"{shape}, chat", f"{chat['tokens_per_second']:,.0f}", share, f"{chat['times_static']:.2f} x static (2)",
+            f"{idle['idle']:.1%} (5 %), {idle['left']} left in {idle['steps']} steps" if idle else "", "",
+        )  # fmt: skip
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", nargs="+", default=list(VLLM_MIXED), choices=shapes.shape_names(), metavar="NAME")
+    parser.add_argument("--requests", type=int, default=1000, help="of chat; default 1000")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    gpu = torch.cuda.is_available()
+    if not gpu and not all(shape.startswith("tiny-") for shape in args.shape):
+        print("error: no GPU that torch can use; --shape tiny-llama-3.2-1b runs without one", file=sys.stderr)
+        return 3
+    options = {"device": "cuda" if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32"}
+    roof = Ceilings.measure(torch.device(options["device"]), getattr(torch, options["dtype"]))
+    record = environment() | {"copy_tb_s": roof.copy / 1e12, "matmul_tflop_s": roof.matmul / 1e12, "rows": []}
+    record["vllm"] = peers.VLLM_SOURCE
+    for shape in args.shape:
+        record["rows"].append(measured(shape, options, args.requests, args.rounds, roof))
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+    Console(width=130).print(table(record))
+    wrong = [found["gate"]["wrong"] for found in record["rows"] if found["gate"]["wrong"]]
+    for line in wrong:
+        print(f"WRONG: {line}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
