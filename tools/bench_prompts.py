@@ -1,12 +1,14 @@
 """Time prompts on this GPU: attention alone against cuDNN's, and whole first tokens against the matmuls' floor.
 
-    python tools/bench_prompts.py [--only attention first] [--shape llama-3.2-1b ...] [--json FILE]
+    python tools/bench_prompts.py [--only attention first shapes] [--shape llama-3.2-1b ...] [--json FILE]
 
 Attention: medians of graph replays; TFLOP/s of what a causal mask leaves; "portable" is the kernel for GPUs other than
 Hopper; cuDNN through torch, dense, on the same keys and values. A row counts only if some of its results agree with
 plain torch in fp32. First tokens: one request, by the clock, from the call to the token, random weights, no prefix
 cached; the floor is the FLOP of its matmuls and its attention at the rate of a large matmul in the same run. A shape
-counts only if the first tokens are those of the reference ops, up to rounding. Exit code 1 if anything is wrong.
+counts only if the first tokens are those of the reference ops, up to rounding. Shapes of steps: each graph's time,
+filled with pads (so without attention), and how much more a token costs than in the next smaller one. Exit code 1 if
+anything is wrong.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from tools import bench_peers as peers
 from tools.bench_ops import DEVICE, DTYPE, randn, timed
 from tools.environment import environment
 
+WHAT = "attention", "first", "shapes"
 STEP_TOKENS = 8192  # of a step: no prompt here is read in pieces
 ANSWERED = 64  # tokens behind a cached prompt, for the time of a step
 GATED = 300, 77, 1024  # tokens of the prompts that are compared with the reference
@@ -209,6 +212,26 @@ def cached(options: dict, length: int, rounds: int) -> dict:
     }  # fmt: skip
 
 
+def steps(shape: str) -> dict:
+    """Milliseconds of each shape of step that computes prompts, by the number of requests that decode beside."""
+    options = dict(shape=shape, random_weights=True, step_tokens=STEP_TOKENS, max_requests=256, max_slowdown=2.0)
+    with LLM(**options, context=STEP_TOKENS) as llm:
+        seconds = llm.engine.runner.seconds
+    return {"shape": shape, "rows": ramp({(each.decodes, each.tokens): s for each, s in seconds.items()})}
+
+
+def ramp(seconds: dict[tuple[int, int], float]) -> list[dict]:
+    """By (decodes, tokens of prompts). `rise`: what a token costs, prompts' and decodes' alike, against what one costs
+    in the next smaller step beside as many decodes; None where there is none."""
+    rows, before = [], None
+    for (decodes, tokens), s in sorted(item for item in seconds.items() if item[0][1]):
+        each = s / (decodes + tokens)
+        like = rows and rows[-1]["decodes"] == decodes
+        rows.append({"decodes": decodes, "tokens": tokens, "ms": s * 1e3, "rise": each / before - 1 if like else None})
+        before = each
+    return rows
+
+
 def told(llm: LLM, logprobs: int | None = None) -> list:
     asks = [random_prompt(llm, length, seed=length) for length in GATED]
     return llm.generate(asks, peers.wish(False, 1, logprobs=logprobs))
@@ -256,10 +279,24 @@ def tables(record: dict) -> Iterator[Table]:
             f"(to reach: 1.5 steps and 2 ms, {hit['reach_ms']:.2f})"
         )
 
+    for found in record["shapes"]:
+        yield (made := Table(title=f"{found['shape']}: steps filled with pads, ms"))
+        tokens = sorted({row["tokens"] for row in found["rows"]})
+        for name in ("beside decodes", *(f"{n:,}" for n in tokens)):
+            made.add_column(name, justify="right")
+        for decodes in sorted({row["decodes"] for row in found["rows"]}):
+            ms = {row["tokens"]: f"{row['ms']:.2f}" for row in found["rows"] if row["decodes"] == decodes}
+            made.add_row(str(decodes), *(ms.get(n, "") for n in tokens))
+        worst = max((row for row in found["rows"] if row["rise"] is not None), key=lambda row: row["rise"])
+        made.caption = (
+            f"largest rise of a token's cost: {worst['rise']:+.1%}, to {worst['tokens']:,} beside {worst['decodes']} "
+            "(to reach: 5 %)"
+        )
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", default=["attention", "first"], choices=("attention", "first"))
+    parser.add_argument("--only", nargs="+", default=list(WHAT), choices=WHAT)
     parser.add_argument("--shape", nargs="+", default=list(VLLM_FIRST_MS), choices=shapes.shape_names(), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
@@ -269,14 +306,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 3
     torch.manual_seed(0)
     roof = matmul_rate(DEVICE, DTYPE)
-    record = environment() | {"matmul_tflop_s": roof / 1e12, "vllm": peers.VLLM_SOURCE, "attention": [], "first": []}
-    steps: list[Callable[[], None]] = []
+    record = environment() | {"matmul_tflop_s": roof / 1e12, "vllm": peers.VLLM_SOURCE} | {name: [] for name in WHAT}
+    work: list[Callable[[], None]] = []
     if "attention" in args.only:
-        steps.append(lambda: record["attention"].extend(attentions()))
+        work.append(lambda: record["attention"].extend(attentions()))
     if "first" in args.only:
-        steps += [lambda s=shape: record["first"].append(firsts(s, args.rounds, roof)) for shape in args.shape]
-    for step in steps:
-        step()
+        work += [lambda s=shape: record["first"].append(firsts(s, args.rounds, roof)) for shape in args.shape]
+    if "shapes" in args.only:
+        work += [lambda s=shape: record["shapes"].append(steps(s)) for shape in args.shape]
+    for each in work:
+        each()
         if args.json:
             args.json.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{record['gpu']}: matmul {roof / 1e12:.0f} TFLOP/s")

@@ -42,7 +42,7 @@ def test_first_tokens_are_timed_behind_a_gate(monkeypatch):
     assert all(row["ms"] > 0 and len(row["ms_rounds"]) == 2 for row in found["rows"])
     hit = found["cached"]
     assert (hit["tokens"], hit["cached_tokens"]) == (40, 39) and hit["step_ms"] > 0 and hit["ms"] > 0
-    [table] = bench_prompts.tables({"attention": [], "first": [found]})
+    [table] = bench_prompts.tables({"attention": [], "first": [found], "shapes": []})
     assert "of 40 tokens 39 cached" in table.caption
 
 
@@ -54,3 +54,16 @@ def test_the_floor_counts_matmuls_attention_and_one_row_of_logits():
         attention = sum(4 * q * seen for seen in range(1, n + 1))
         want = cfg.num_layers * (2 * n * layer + attention) + 2 * cfg.hidden * cfg.vocab
         assert bench_prompts.flops(llm, n) == want
+
+
+def test_the_rise_of_a_tokens_cost_is_that_over_the_next_smaller_step_beside_as_many_decodes():
+    seconds = {(0, 100): 1.0, (0, 200): 2.1, (0, 50): 0.4, (50, 50): 1.0, (50, 150): 1.6, (64, 0): 9.0}
+    rows = bench_prompts.ramp(seconds)
+    found = {(row["decodes"], row["tokens"]): row["rise"] for row in rows}
+    assert found == {
+        (0, 50): None, (0, 100): pytest.approx(0.25), (0, 200): pytest.approx(0.05), (50, 50): None,
+        (50, 150): pytest.approx(-0.2),
+    }  # fmt: skip
+    record = {"attention": [], "first": [], "shapes": [{"shape": "some", "rows": rows}]}
+    [table] = bench_prompts.tables(record)
+    assert "+25.0%, to 100 beside 0" in table.caption
