@@ -17,6 +17,9 @@ from lite_llm import LLM, SamplingParams
 from lite_llm.text import Tokenizer
 from tests.server.test_process import Process
 
+SLOWDOWN = 2.0
+"""What `serve` allows by default; without it other steps would be compared."""
+
 
 def prompts(vocab: int, count: int, length: int) -> list[list[int]]:
     """Token ids that no two prompts begin with alike, so that the prefix cache is of no use."""
@@ -96,14 +99,24 @@ def main() -> None:
             print(json.dumps({"side": side, "concurrency": concurrency, **how(work, options.output, concurrency)}))
 
     vocab = Tokenizer.load(options.model).vocab_size
-    flags = ["--device", options.device, "--context", str(context), "--no-prefix-cache"]
+    flags = [
+        "--device",
+        options.device,
+        "--context",
+        str(context),
+        "--no-prefix-cache",
+        "--max-slowdown",
+        str(SLOWDOWN),
+    ]
     with ExitStack() as stack:
         server = Process(*flags, "--max-requests", str(most), "--max-queue", "4096", options.model)
         stack.callback(server.end)
         stack.callback(server.child.terminate)
         port = int(server.wait_for(r"http://127\.0\.0\.1:(\d+)", 600)[1])
         measure(lambda *given: asyncio.run(over_http(port, *given)), vocab, "http")
-    settings = dict(device=options.device, context=context, max_requests=most, prefix_cache=False)
+    settings = dict(
+        device=options.device, context=context, max_requests=most, prefix_cache=False, max_slowdown=SLOWDOWN
+    )
     with LLM(options.model, say=lambda text: None, **settings) as llm:
         measure(lambda *given: offline(llm, *given), vocab, "offline")
 
