@@ -1,18 +1,21 @@
 """An LLM as a server steps it: a step that fails ends requests, and only one that no other could do better raises.
 
-Lives where the LLM lives: in the process of the engine (`remote.py`), or in the server's own for tests.
+Lives where the LLM lives: in the process of the engine (`child.py`), or in the server's own for tests.
 """
 
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lite_llm.engine.request import SamplingParams, TokenLogprobs
 from lite_llm.errors import EnvironmentProblem
-from lite_llm.llm import LLM
 from lite_llm.outputs import InFlight, Output
 from lite_llm.prompts import Encoded
+
+if TYPE_CHECKING:
+    from lite_llm.llm import LLM
 
 log = logging.getLogger("lite_llm")
 
@@ -43,7 +46,7 @@ class News:
 class Steady:
     """Belongs to the thread that steps the LLM."""
 
-    def __init__(self, llm: LLM):
+    def __init__(self, llm: "LLM"):
         self.llm = llm
         self.max_requests = llm.engine.scheduler.max_requests
         self._open: dict[str, int] = {}  # requests that are not complete: how many of their answers have not ended

@@ -76,7 +76,7 @@ def hang(steady: Steady, seconds: float) -> None:
 
 
 def compile_one(steady: Steady) -> None:
-    steady._kernels.compiled.append("attend")
+    steady.kernels.compiled.append("attend")
 
 
 def wrong(steady: Steady) -> None:

@@ -83,7 +83,7 @@ def test_pictures_are_decoded_in_processes_that_end_with_the_server():
         tasks = Path(f"/proc/{server.child.pid}/task").glob("*/children")
         children = [int(pid) for task in tasks for pid in task.read_text().split()]
         programs = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
-        assert sorted((b"decoders.serve" in one, b"remote.work" in one) for one in programs) == [(0, 1), (1, 0)]
+        assert sorted((b"decoders.serve" in one, b"child.work" in one) for one in programs) == [(0, 1), (1, 0)]
     finally:
         server.child.terminate()
         assert server.end() == 0

@@ -47,7 +47,7 @@ def engines(parent: int) -> set[int]:
     """The processes of a server's engine."""
     tasks = Path(f"/proc/{parent}/task").glob("*/children")
     children = [int(pid) for task in tasks for pid in task.read_text().split()]
-    return {pid for pid in children if not gone(pid) and b"remote.work" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    return {pid for pid in children if not gone(pid) and b"child.work" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
 ASKED = [
