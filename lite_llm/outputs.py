@@ -23,7 +23,7 @@ class Delta:
     index: int  # which of the n answers
     text: str  # may be empty: characters are held back until they cannot change
     token_ids: tuple[int, ...]
-    finish_reason: str | None = None  # "stop", "length", "timeout", "abort" or "error"
+    finish_reason: str | None = None  # "stop", "length", "timeout", "abort", "grammar" or "error"
     logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens but a final stop token, if they were asked for
 
 

@@ -15,7 +15,7 @@ class Constraint(Protocol):
 
     allowed: "np.ndarray"
     """int32 [ceil(vocab / 32)]: bit t % 32 of word t // 32 says whether token t may come next. If nothing may, the
-    request ends with reason "error"."""
+    request ends with reason "grammar"."""
 
     def advance(self, token: int) -> None:
         """The next token is `token`, which was allowed and does not end the answer; `allowed` is that behind it. Must

@@ -122,7 +122,9 @@ class Engine:
         if not request.ids:
             raise UsageError("the prompt is empty; expected at least one token")
         if len(request.stop_ids) > MAX_STOPS:
-            raise UsageError(f"{len(request.stop_ids)} stop tokens; expected at most {MAX_STOPS}")
+            raise UsageError(
+                f"stop_token_ids holds {len(request.stop_ids)} with the model's own; expected at most {MAX_STOPS}"
+            )
         if request.constraint is not None and len(request.constraint.allowed) != words_of(self.cfg.vocab):
             raise UsageError(
                 "the grammar was made for a model with another vocabulary", "make it with this model's LLM"

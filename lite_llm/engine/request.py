@@ -188,7 +188,7 @@ class Request:
     row: int | None = None  # of the device's tables, while running
     written: int = 0  # of the slots, the first ones that the device's table knows; 0: it knows nothing of the request
     held: int = -1  # position of the token that the device holds, ready to be computed; -1: none
-    finish_reason: str | None = None  # "stop", "length", "timeout", "abort" or "error"
+    finish_reason: str | None = None  # "stop", "length", "timeout", "abort", "grammar" or "error"
     logprobs: list["TokenLogprobs"] = field(default_factory=list)
     prompt_logprobs: list["TokenLogprobs"] = field(default_factory=list)  # from the second token on, as they come
     prefix_hit: int = 0  # prompt tokens whose K and V were already there, at first admission
@@ -288,7 +288,8 @@ class Request:
     def append(self, token: int) -> None:
         """Add a sampled token and end the request if that was its last. -1 is a row without a usable logit."""
         if token < 0:
-            self.end("error")
+            stuck = self.constraint is not None and not self.constraint.allowed.any()
+            self.end("grammar" if stuck else "error")
             return
         self.first_token = self.first_token or time.monotonic()
         self.ids.append(token)

@@ -269,7 +269,7 @@ class Scheduler:
         """
         cached = min(request.cached, max(len(request.ids) - 1, request.shared))
         spare = request.slots[cached:]
-        if request.finish_reason == "error":  # its K and V may be damaged
+        if request.finish_reason in ("error", "grammar"):  # its K and V may be damaged
             mine = request.slots[request.shared : cached]
         else:
             mine = self.prefix.insert(request.keys(cached), request.slots[:cached])

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from lite_llm.llm import LLM
 from lite_llm.outputs import InFlight, Output
 from lite_llm.server.job import Job
-from lite_llm.server.refusals import Refusal, refusal_of, stopping, too_late, unusable_numbers
+from lite_llm.server.refusals import Refusal, grammar_stuck, refusal_of, stopping, too_late, unusable_numbers
 from lite_llm.server.remote import RemoteLLM
 from lite_llm.server.steady import Row, Steady
 
@@ -174,6 +174,8 @@ class Bridge:
         _, _, text, tokens, reason, logprobs = row
         if reason == "error":
             return self._end(job, unusable_numbers())
+        if reason == "grammar":
+            return self._end(job, grammar_stuck())
         if job.streamed:
             if reason == "timeout" and not job.told:  # nor will any other: they have one deadline
                 return self._end(job, too_late(job.timeout))

@@ -12,6 +12,7 @@ log = logging.getLogger("lite_llm")
 
 _PARAM = re.compile(r"[a-z_]+(\[\w+\])*(\.[a-z_]+(\[\w+\])*)*")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+GRAMMAR_STUCK = "grammar_stuck"
 RETRY_AFTER = 1  # seconds: a place may be free as soon as one answer ends
 
 
@@ -27,7 +28,7 @@ class Refusal(Exception):
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
         headers = {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
-        if self.code == "timeout":
+        if self.code in ("timeout", GRAMMAR_STUCK):
             headers["x-should-retry"] = "false"  # clients of OpenAI would ask, and wait, twice more
         return headers
 
@@ -63,6 +64,12 @@ def refusal_of(error: Exception) -> Refusal:
 
 def unusable_numbers() -> Refusal:
     return Refusal(500, "the step that computed this answer failed, or gave no usable number", code="step_failed")
+
+
+def grammar_stuck() -> Refusal:
+    """A limit on the work for one token, mostly, which a few tokens into the answer was too low."""
+    message = "the grammar took more work for one token than is allowed, or lets nothing follow what the model wrote"
+    return Refusal(400, message + "; make it simpler", code=GRAMMAR_STUCK)
 
 
 def too_late(seconds: float) -> Refusal:

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lite_llm.errors import EnvironmentProblem, UnsupportedModel, UsageError
-from lite_llm.text.grammar_sources import Source, source_of, source_of_calls
+from lite_llm.text.grammar_sources import Source, arguments_of, source_of, source_of_calls
 from lite_llm.text.tokenizer import Tokenizer
 from lite_llm.text.tools import BareCalls, MarkedCalls, parser_of
 
@@ -24,6 +24,7 @@ log = logging.getLogger("lite_llm")
 
 _REMEMBERED = 64
 _MOST_SHOWN = 300  # characters of what llguidance says
+_NO_END = "it has no answer: a rule or $ref always leads back to itself, or no token of this model begins one"
 _LIMITS = dict(step_lexer_fuel=50_000, step_max_items=10_000, max_lexer_states=50_000, verbose_errors=False)
 """Of the work for one token, a few milliseconds, and of memory: the engine waits for each answer's next mask."""
 
@@ -41,7 +42,10 @@ class CompiledGrammar:
     @property
     def problem(self) -> str:
         """Why no answer can begin; "" if one can."""
-        return "" if self._first.allowed.any() else self._first.error or "no token of this model begins such an answer"
+        if self._first.allowed.any():
+            return ""
+        error = self._first.error
+        return _NO_END if not error or error.startswith("NoExtension") else error
 
     def start(self) -> "Answer":
         return self._first.copy()
@@ -103,7 +107,7 @@ class GrammarCompiler:
         for index, tool in enumerate(tools):
             function, where = tool["function"], f"tools[{index}].function.parameters"
             if only in (None, function["name"]):
-                wanted.append((where, function["name"], function.get("parameters", {"type": "object"})))
+                wanted.append((where, function["name"], arguments_of(function.get("parameters"))))
         if not wanted:
             raise UsageError("there is no such tool to call" if only else "there is no tool to call")
         source = source_of_calls(self._form.layout, wanted, several, self._spelled)
@@ -169,5 +173,5 @@ class GrammarCompiler:
 
 
 def _line(text: str) -> str:
-    text = " ".join(text.split())
+    text = " ".join(text.replace("<non-verbose/>", "").split())
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."

@@ -72,6 +72,18 @@ def source_of_calls(
     return Source("lark", "\n".join([f"start: call{more}", f"call: {' | '.join(calls)}", *rules]))
 
 
+def arguments_of(schema: Any) -> Any:
+    """A tool's `parameters` as its grammar takes them: where an empty list of them is all that is said, none.
+
+    JSON Schema would let a model add what it likes, and one that has nothing to say goes on until the context is full.
+    """
+    if schema is None or isinstance(schema, Mapping) and (not schema or "properties" in schema):
+        said = {key for key, value in (schema or {}).items() if value}
+        if said <= {"type", "title", "description", "$schema"}:
+            return {"type": "object", "properties": {}, "additionalProperties": False}
+    return schema
+
+
 def _json(name: str, schema: Any) -> Source:
     if not isinstance(schema, (Mapping, bool)):
         raise UsageError(f"{name} = {shown(schema)}; expected a JSON schema, which is an object")
@@ -117,7 +129,8 @@ def _choice(name: str, texts: Any) -> Source:
     for index, text in enumerate(texts):
         if len(_text(f"{name}[{index}]", text)) > _LONGEST_CHOICE:
             raise UsageError(f"{name}[{index}] is too long; at most {_LONGEST_CHOICE:,} characters are taken")
-    return Source("lark", _short("choice", name, "start: " + " | ".join(map(_quoted, texts))))
+    # One terminal, as an enum of JSON is: alternatives of a rule are parsed side by side, and 2,000 of them at most.
+    return Source("lark", _short("choice", name, "start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, texts))))
 
 
 def _text(name: str, value: Any) -> str:
@@ -137,4 +150,4 @@ def _short(kind: str, name: str, text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # which Lark does not take as it is

@@ -48,7 +48,7 @@ class Watched(Request):
 
     def end(self, reason: str) -> None:
         assert self.finish_reason is None, f"ended as {self.finish_reason} and again as {reason}"
-        assert reason in ("stop", "length", "timeout", "abort", "error")
+        assert reason in ("stop", "length", "timeout", "abort", "grammar", "error")
         super().end(reason)
 
 

@@ -204,7 +204,7 @@ def test_a_constraint_that_allows_nothing_ends_its_request_alone(ahead):
     stuck, other, free = held([1]), held([1, 2]), ask([3, 1], max_tokens=9)
     stuck.constraint = Stuck(2)
     Rig(vocab=VOCAB, ahead=ahead).answers(stuck, other, free)
-    assert (stuck.finish_reason, stuck.output_len) == ("error", 3)
+    assert (stuck.finish_reason, stuck.output_len) == ("grammar", 3)
     check(other, free)
 
 

@@ -179,7 +179,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("self.waiting.appendleft(request)", "self.waiting.append(request)", scheduler),
         ("else len(request.ids) - 1", "else len(request.ids)", scheduler),
         ("not self.slots.free_count and not self.prefix.evictable", "not self.slots.free_count", scheduler),
-        ('if request.finish_reason == "error":', "if False:", scheduler),  # damaged KV is cached
+        ('if request.finish_reason in ("error", "grammar"):', "if False:", scheduler),  # damaged KV is cached
         ("self.prefix.unlock(request.node)", "pass", scheduler),
         ("self.prefix.unlock(node)\n            return False", "return False", scheduler),
         ("if request.finish_reason is None:\n            request.end", "if True:\n            request.end", scheduler),
