@@ -1,5 +1,6 @@
 """OpenAI's documents: whole answers and the chunks of a stream, for chats and for completions."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -37,6 +38,8 @@ def _nameless(token: int) -> str:
 class Form(Protocol):
     """One kind of document. The choice that a piece or an answer belongs to is `index`."""
 
+    def shown(self, output: Output) -> Output: ...
+
     def whole(self, index: int, choice: Choice, output: Output) -> dict[str, Any]: ...
 
     def first(self, index: int) -> dict[str, Any] | None: ...
@@ -55,6 +58,9 @@ class ChatForm:
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl"
 
+    def shown(self, output: Output) -> Output:
+        return output
+
     def whole(self, index: int, choice: Choice, output: Output) -> dict[str, Any]:
         message, reason = {"role": "assistant", "content": choice.text, "refusal": None}, choice.finish_reason
         if self.calls:
@@ -65,7 +71,7 @@ class ChatForm:
                 message |= {"content": content or None, "tool_calls": told}
             reason = reader.reason(reason)
         logprobs = self._logprobs(_shown(choice)) if choice.logprobs else None
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": index, "message": message, "logprobs": logprobs} | _ending(reason)
 
     def first(self, index: int) -> dict[str, Any] | None:
         return _chat_chunk(index, {"role": "assistant", "content": "", "refusal": None})
@@ -98,21 +104,34 @@ class ChatForm:
 
 
 def _chat_chunk(index: int, delta: dict, logprobs: dict | None = None, reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    return {"index": index, "delta": delta, "logprobs": logprobs} | _ending(reason)
 
 
 @dataclass
 class TextForm:
-    """`echo`: the prompts of all choices, to stand before their answers; "" each without. Made for one request."""
+    """`echo`: the prompts of all choices, to stand before their answers; "" each without. `mute`: there are no
+    answers, as far as the client is concerned. Made for one request."""
 
     vocabulary: Vocabulary
     echo: Sequence[str]
+    mute: bool = False
     _offsets: dict[int, int] = field(default_factory=dict)  # characters of a choice so far, for logprobs
     object = chunk_object = "text_completion"
     prefix = "cmpl"
 
+    def shown(self, output: Output) -> Output:
+        """What the client is to see of it."""
+        if not self.mute:
+            return output
+        choices = tuple(
+            dataclasses.replace(choice, text="", finish_reason="length" if choice.token_ids else choice.finish_reason)
+            for choice in output.choices
+        )
+        usage = dataclasses.replace(output.usage, completion_tokens=0)
+        return dataclasses.replace(output, choices=choices, usage=usage)
+
     def whole(self, index: int, choice: Choice, output: Output) -> dict[str, Any]:
-        logprobs = self._logprobs(index, _shown(choice)) if choice.logprobs else None
+        logprobs = self._logprobs(index, () if self.mute else _shown(choice)) if choice.logprobs else None
         if logprobs and self.echo[index] and output.params.prompt_logprobs is not None:
             logprobs = {key: value + logprobs[key] for key, value in self._prompt(index, output).items()}
         return _text_choice(index, self.echo[index] + choice.text, logprobs, choice.finish_reason)
@@ -158,7 +177,14 @@ class TextForm:
 
 
 def _text_choice(index: int, text: str, logprobs: dict | None = None, reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+    return {"index": index, "text": text, "logprobs": logprobs} | _ending(reason)
+
+
+def _ending(reason: str | None) -> dict[str, Any]:
+    """OpenAI's word, and what it cannot say. Clients take a reason that they do not know for "stop", or object."""
+    if reason == "timeout":
+        return {"finish_reason": "length", "finish_details": {"type": "timeout"}}
+    return {"finish_reason": reason}
 
 
 def _shown(choice: Choice) -> Sequence[TokenLogprobs]:
@@ -187,6 +213,7 @@ class Document:
         self._tokens = 0
 
     def whole(self, outputs: Sequence[Output]) -> bytes:
+        outputs = [self._form.shown(output) for output in outputs]
         choices = [(choice, output) for output in outputs for choice in output.choices]
         forms = [self._form.whole(index, *found) for index, found in enumerate(choices)]
         content = self._head | {"object": self._form.object, "choices": forms, "usage": usage_of(outputs)}

@@ -5,30 +5,32 @@ import contextlib
 import dataclasses
 import hashlib
 import hmac
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import lite_llm
-from lite_llm.errors import shown
+from lite_llm.errors import ContextExceeded, shown
 from lite_llm.llm import LLM
 from lite_llm.prompts import Encoded
 from lite_llm.server import constraints, schema, tools
 from lite_llm.server.answers import ChatForm, TextForm, Vocabulary
 from lite_llm.server.bridge import Bridge
+from lite_llm.server.description import ANSWERS, READS, description, refuses, takes
+from lite_llm.server.messages import taken
 from lite_llm.server.metrics import CONTENT_TYPE, Metrics
-from lite_llm.server.refusals import Refusal, refusal_of
+from lite_llm.server.refusals import GRAMMAR_STUCK, RETRY_AFTER, Refusal, refusal_of
 from lite_llm.server.remote import RemoteLLM
-from lite_llm.server.reply import ClientGone, Reply, Task, off_loop, read_body
+from lite_llm.server.reply import ClientGone, Reply, Task, off_loop, read_body, receipt_header
 from lite_llm.text.fetch import Gone
 from lite_llm.text.images import take_pictures
+from lite_llm.text.tools import heeded
 
 _OPEN = frozenset({"/", "/health", "/health/ready"})  # paths that need no key
 _WORKERS = 4
@@ -52,6 +54,7 @@ class Server:
         self._vocabulary = Vocabulary(llm.tokenizer)
         self._toolbox = tools.Toolbox(llm.tokenizer)
         self._constraints = constraints.Constraints(llm)
+        self._heeded = heeded(llm.tokenizer) if llm.tokenizer is not None else ()
 
     def read_chat(self, body: bytes, gone: Gone) -> Task:
         """`gone`: whether the client has left."""
@@ -60,20 +63,26 @@ class Server:
         self._check_model(request.model)
         params, stream = schema.chat_sampling(request), schema.streaming(request)
         offered = self._toolbox.offered(request.tools, request.tool_choice)
-        ignored += tools.ignored_of(request.tools) + constraints.ignored_of(request)
-        params = dataclasses.replace(params, grammar=self._constraints.of_chat(request, offered))
-        prompt = self._conversation(request.messages, offered, gone)
+        wanted = self._constraints.of_chat(request, offered)
+        params = dataclasses.replace(params, grammar=wanted.grammar)
+        prompt, unread = self._conversation(request.messages, offered, gone)
+        ignored += unread + tools.ignored_of(request.tools, request.tool_choice) + constraints.ignored_of(request)
         form = ChatForm(self._vocabulary, self._toolbox.reader(offered, only_one=request.parallel_tool_calls is False))
         patience = schema.patience(request, self._most_seconds)
-        return Task([prompt], params, stream, form, self.name, ignored, request.cache_salt or "", patience)
+        fields = _fields("messages", wanted.field)
+        return Task([prompt], params, stream, form, self.name, ignored, request.cache_salt or "", patience, fields)
 
     def read_completion(self, body: bytes, gone: Gone) -> Task:
         request = schema.read(schema.CompletionRequest, body)
         ignored = schema.receipt(request)
         self._check_model(request.model)
         most = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-        params, stream = schema.sampling(request, most, request.logprobs), schema.streaming(request)
-        params = dataclasses.replace(params, grammar=self._constraints.of_answer(request))
+        stream, mute = schema.streaming(request), most == 0 and bool(request.echo)
+        if mute and stream:
+            raise Refusal(400, "echo without an answer (max_tokens = 0) is not streamed; leave stream out", "stream")
+        params = schema.sampling(request, 1 if mute else most, request.logprobs)  # a prompt is scored with an answer
+        wanted = self._constraints.of_answer(request)
+        params = dataclasses.replace(params, grammar=wanted.grammar)
         ignored += constraints.ignored_of(request)
         if request.echo and request.logprobs is not None:
             if stream:
@@ -81,47 +90,61 @@ class Server:
             params = dataclasses.replace(params, prompt_logprobs=params.logprobs)
         given = schema.prompts_of(request.prompt)
         if len(given) * params.n > self.bridge.seats:  # said before work is put into each
-            raise Refusal(400, f"{len(given)} prompts; at most {self.bridge.seats} answers are taken", "prompt")
-        prompts = [self._prompt(one, gone=gone) for one in given]
+            asked = f"{len(given):,} prompts with n = {params.n} make {len(given) * params.n:,} answers"
+            raise Refusal(400, f"{asked}; at most {self.bridge.seats:,} are taken", "prompt")
+        with _about("prompt"):
+            prompts = [self._prompt(one, gone=gone) for one in given]
         echo = [""] * len(given)
         if request.echo:
             echo = [one if isinstance(one, str) else self._decode("prompt", one) for one in given]
-        form = TextForm(self._vocabulary, [text for text in echo for _ in range(params.n)])
+        form = TextForm(self._vocabulary, [text for text in echo for _ in range(params.n)], mute)
         patience = schema.patience(request, self._most_seconds)
-        return Task(prompts, params, stream, form, self.name, ignored, request.cache_salt or "", patience)
+        fields = _fields("prompt", wanted.field)
+        return Task(prompts, params, stream, form, self.name, ignored, request.cache_salt or "", patience, fields)
 
-    def tokenize(self, body: bytes) -> dict[str, Any]:
+    def tokenize(self, body: bytes) -> tuple[dict[str, Any], list[str]]:
+        """The document, and what of the request is ignored."""
         request = schema.read(schema.TokenizeRequest, body)
+        ignored = schema.receipt(request)
         self._check_model(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise Refusal(400, "expected one of prompt and messages", "prompt")
         if request.prompt is None:
-            tokens = self._conversation(request.messages, self._toolbox.offered(request.tools)).ids
+            prompt, unread = self._conversation(request.messages, self._toolbox.offered(request.tools))
+            ignored += unread + tools.ignored_of(request.tools)
+            ignored += ["add_special_tokens"] * (request.add_special_tokens is not None)  # the template says which
+            tokens = prompt.ids
         else:
-            tokens = self._prompt(request.prompt).ids
-        return {"count": len(tokens), "max_model_len": self.context, "tokens": tokens}
+            with _about("prompt"):
+                tokens = self._prompt(request.prompt).ids
+            if request.add_special_tokens is False:
+                tokens = self._tokenizer.encode(request.prompt, bos=False)
+            ignored += ["tools"] * bool(request.tools)
+        return {"count": len(tokens), "max_model_len": self.context, "tokens": tokens}, ignored
 
-    def detokenize(self, body: bytes) -> dict[str, Any]:
+    def detokenize(self, body: bytes) -> tuple[dict[str, Any], list[str]]:
+        """As `tokenize`."""
         request = schema.read(schema.DetokenizeRequest, body)
+        ignored = schema.receipt(request)
         self._check_model(request.model)
-        return {"prompt": self._decode("tokens", request.tokens)}
+        return {"prompt": self._decode("tokens", request.tokens, request.skip_special_tokens is True)}, ignored
 
-    def _conversation(self, messages: Any, offered: list[dict[str, Any]], gone: Gone | None = None) -> Encoded:
-        if not isinstance(messages, list) or not messages:
-            raise Refusal(400, f"messages = {shown(messages)}; expected a list of messages", "messages")
-        if strange := [i for i, message in enumerate(messages) if not isinstance(message, dict)]:
-            where = f"messages[{strange[0]}]"
-            raise Refusal(400, f"{where} = {shown(messages[strange[0]])}; expected an object", where)
-        take_pictures(messages, local=False)  # no client names files of this machine
-        return self._prompt(tools.name_results(messages) if offered else messages, offered, gone)
+    def _conversation(
+        self, messages: Any, offered: list[dict[str, Any]], gone: Gone | None = None
+    ) -> tuple[Encoded, list[str]]:
+        """A prompt, and what of the messages is ignored."""
+        messages, ignored = taken(messages, self._heeded)
+        with _about("messages"):
+            take_pictures(messages, local=False)  # no client names files of this machine
+            return self._prompt(tools.name_results(messages) if offered else messages, offered, gone), ignored
 
-    def _decode(self, name: str, tokens: list[int]) -> str:
+    def _decode(self, name: str, tokens: list[int], skip_special: bool = False) -> str:
         for token in tokens:
             if not 0 <= token < self._vocab:
                 raise Refusal(400, f"{name} has token id {shown(token)}; expected 0 to {self._vocab - 1}", name)
         if self._tokenizer is None:
             raise Refusal(400, "this model has no tokenizer", name)
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return self._tokenizer.decode(tokens, skip_special_tokens=skip_special)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
@@ -134,59 +157,83 @@ class Server:
         }  # fmt: skip
 
 
+@contextlib.contextmanager
+def _about(field: str) -> Iterator[None]:
+    """What is wrong is refused with the place in this field, if it is known, or else with the field."""
+    try:
+        yield
+    except Exception as error:
+        refusal = refusal_of(error)
+        if refusal.status == 400 and not (refusal.param or "").startswith(field):
+            refusal.param = field
+        raise refusal from None
+
+
+def _fields(prompt: str, grammar: str | None) -> dict[str, str | None]:
+    """Which fields the engine may refuse, by the code that it gives then."""
+    return {ContextExceeded.code: prompt, GRAMMAR_STUCK: grammar}
+
+
 def make_app(server: Server, api_key: str | None) -> ASGIApp:
     """`api_key`: what clients must send as a bearer token on every route but health and the page; None: nothing."""
     app = FastAPI(title="lite_llm", version=lite_llm.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     page = resources.files("lite_llm.server").joinpath("page.html").read_bytes()
     bridge, most = server.bridge, server.most_bytes
 
-    @app.post("/v1/chat/completions", openapi_extra=_takes("ChatRequest"))
+    async def document(work: Callable[[bytes], tuple[dict[str, Any], list[str]]], request: Request) -> Response:
+        body = await read_body(request.scope, request.receive, most)
+        found, ignored = await off_loop(server.workers, work, body)
+        return JSONResponse(found, headers=receipt_header(ignored))
+
+    @app.post("/v1/chat/completions", openapi_extra=takes("ChatRequest"), responses=ANSWERS)
     async def chat() -> Response:
         return Reply(bridge, server.workers, server.metrics, server.read_chat, most)
 
-    @app.post("/v1/completions", openapi_extra=_takes("CompletionRequest"))
+    @app.post("/v1/completions", openapi_extra=takes("CompletionRequest"), responses=ANSWERS)
     async def completions() -> Response:
         return Reply(bridge, server.workers, server.metrics, server.read_completion, most)
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", responses=refuses(400, 401, 503))
     async def embeddings() -> Response:
         raise Refusal(400, "this server generates text; it has no embeddings", code="unsupported")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=refuses(401, 503))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [server.model()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=refuses(401, 404, 503))
     async def model(name: str) -> dict[str, Any]:
         if name != server.name:
             raise Refusal(404, f"there is no model {shown(name)}; this is {server.name}", "model", "model_not_found")
         return server.model()
 
-    @app.get("/v1/requests")
+    @app.get("/v1/requests", responses=refuses(401, 503))
     async def requests() -> dict[str, Any]:
         now = await bridge.in_flight()
         requests = [vars(one) for one in now.requests]
         return vars(now) | {"requests": requests, "map": vars(now.map), "model": server.name}
 
-    @app.post("/tokenize", openapi_extra=_takes("TokenizeRequest"))
-    async def tokenize(request: Request) -> dict[str, Any]:
-        body = await read_body(request.scope, request.receive, most)
-        return await off_loop(server.workers, server.tokenize, body)
+    @app.post("/tokenize", openapi_extra=takes("TokenizeRequest"), responses=READS)
+    async def tokenize(request: Request) -> Response:
+        return await document(server.tokenize, request)
 
-    @app.post("/detokenize", openapi_extra=_takes("DetokenizeRequest"))
-    async def detokenize(request: Request) -> dict[str, Any]:
-        body = await read_body(request.scope, request.receive, most)
-        return await off_loop(server.workers, server.detokenize, body)
+    @app.post("/detokenize", openapi_extra=takes("DetokenizeRequest"), responses=READS)
+    async def detokenize(request: Request) -> Response:
+        return await document(server.detokenize, request)
 
+    @app.head("/health", include_in_schema=False)  # load balancers ask so
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/health/ready")
+    @app.head("/health/ready", include_in_schema=False)
+    @app.get("/health/ready", responses=refuses(503))
     async def ready() -> Response:
-        return JSONResponse({"status": "ok" if bridge.ready else "not ready"}, 200 if bridge.ready else 503)
+        if bridge.ready:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "not ready"}, 503, {"retry-after": str(RETRY_AFTER)})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=refuses(401, 503))
     async def metrics() -> Response:
         now = None
         with contextlib.suppress(Refusal):
@@ -199,7 +246,7 @@ def make_app(server: Server, api_key: str | None) -> ASGIApp:
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> dict[str, Any]:
-        return _description(app)
+        return description(app)
 
     @app.exception_handler(Refusal)
     async def refused(_: Request, refusal: Refusal) -> Response:
@@ -208,7 +255,10 @@ def make_app(server: Server, api_key: str | None) -> ASGIApp:
     @app.exception_handler(HTTPException)
     async def no_route(_: Request, error: HTTPException) -> Response:
         words = {404: "there is no such path", 405: "this path does not take that method"}
-        return response_of(Refusal(error.status_code, words.get(error.status_code, "the request cannot be read")))
+        refusal = Refusal(error.status_code, words.get(error.status_code, "the request cannot be read"))
+        response = response_of(refusal)
+        response.headers.update(error.headers or {})  # a 405 says which methods there are
+        return response
 
     @app.exception_handler(ClientGone)
     async def left(*_) -> Response:
@@ -252,19 +302,3 @@ def _policy(page: bytes) -> str:
         f"default-src 'none'; script-src {digest(b'script')}; style-src {digest(b'style')}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-
-
-def _takes(name: str) -> dict[str, Any]:
-    """A JSON body, for the description; handlers read it themselves, in worker threads."""
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _description(app: FastAPI) -> dict[str, Any]:
-    kinds = (schema.ChatRequest, schema.CompletionRequest, schema.TokenizeRequest, schema.DetokenizeRequest)
-    _, models = models_json_schema(
-        [(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}"
-    )
-    found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    found.setdefault("components", {}).setdefault("schemas", {}).update(models["$defs"])
-    return found

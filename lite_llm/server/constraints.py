@@ -24,20 +24,27 @@ class _Wish(NamedTuple):
     value: Any
 
 
+class Wanted(NamedTuple):
+    """What an answer must be, and the field that says so."""
+
+    field: str | None = None
+    grammar: Grammar | None = None
+
+
 class Constraints:
     """What one model's answers can be made to be."""
 
     def __init__(self, llm: LLM):
         self._llm = llm
 
-    def of_answer(self, request: Wishes) -> Grammar | None:
+    def of_answer(self, request: Wishes) -> Wanted:
         """The grammar that a request asks for. Refusal, naming the field, for what cannot be honoured."""
         wish = _wish(request)
         if wish is None:
-            return None
+            return Wanted()
         return _compiled(wish.field, wish.kind, lambda: self._llm.grammars.compile(**{wish.kind: wish.value}))
 
-    def of_chat(self, request: ChatRequest, offered: list[dict[str, Any]]) -> Grammar | None:
+    def of_chat(self, request: ChatRequest, offered: list[dict[str, Any]]) -> Wanted:
         """The same, or that of answers which call one of the `offered` tools, if `tool_choice` forces them to."""
         if not offered:
             return self.of_answer(request)
@@ -46,7 +53,7 @@ class Constraints:
             raise Refusal(400, f"{wish.field}: {reason}", wish.field.split(".")[0], "unsupported")
         choice = request.tool_choice
         if choice in (None, "auto"):
-            return None
+            return Wanted()
         only = None if choice == "required" else choice["function"]["name"]
         several = only is None and request.parallel_tool_calls is not False
         return _compiled("tool_choice", "tools", lambda: self._llm.grammars.calls(offered, only, several))
@@ -58,9 +65,9 @@ def ignored_of(request: Wishes) -> list[str]:
     return [_IGNORED] if isinstance(described, dict) and described.get("description") else []
 
 
-def _compiled(field: str, kind: str, make: Callable[[], Grammar]) -> Grammar:
+def _compiled(field: str, kind: str, make: Callable[[], Grammar]) -> Wanted:
     try:
-        return make()
+        return Wanted(field, make())
     except UsageError as error:
         if kind == "tools" and error.message.startswith(kind):
             raise refusal_of(error) from None

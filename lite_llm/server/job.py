@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lite_llm.engine.request import SamplingParams, TokenLogprobs
@@ -33,6 +33,9 @@ class Job:
     salt: str = ""
     timeout: float | None = None  # seconds, for the one who is told
     deadline: float | None = None  # moment of `time.monotonic`
+    fields: Mapping[str, str | None] = field(
+        default_factory=dict
+    )  # which one a refusal of the engine is about, by code
     outputs: list[Output] = field(default_factory=list)  # one for each prompt, once it is over
     told: bool = False  # whether any token was handed on; belongs to the engine's thread, as the next
     answered: dict[str, Output] = field(default_factory=dict)  # prompts that are complete, by name
@@ -47,6 +50,8 @@ class Job:
         self._news = asyncio.Event()
 
     def end(self, outputs: list[Output], failure: Refusal | None = None) -> None:
+        if failure and failure.param is None:
+            failure.param = self.fields.get(failure.code)
         self.outputs, self.failure = outputs, failure
         self.over = True  # the last thing that is written: who sees it sees the rest
 

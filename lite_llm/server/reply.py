@@ -6,7 +6,7 @@ The status and the headers of a stream go out with its first token, so that what
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,7 @@ class Task:
     ignored: list[str]
     salt: str
     timeout: float | None  # seconds from the arrival of the body
+    fields: Mapping[str, str | None]  # that of `Job`
 
 
 class ClientGone(Exception):
@@ -103,7 +104,7 @@ class Reply(Response):
         deadline = None if task.timeout is None else arrived + task.timeout
         job = Job(
             f"{task.form.prefix}-{uuid.uuid4().hex}", task.prompts, task.params, task.stream is not None, task.salt,
-            task.timeout, deadline,
+            task.timeout, deadline, task.fields,
         )  # fmt: skip
         document = Document(task.form, job.id, task.model, sum(len(prompt.ids) for prompt in task.prompts))
         gone.add_done_callback(lambda _: self._bridge.cancel(job))
@@ -112,7 +113,7 @@ class Reply(Response):
             pieces = await job.news()
             if gone.done():
                 raise ClientGone
-            headers = [(b"x-ignored-fields", _listed(task.ignored))] if task.ignored else []
+            headers = [(name.encode(), value.encode()) for name, value in receipt_header(task.ignored).items()]
             if task.stream is None:
                 content = document.whole(job.outputs)
                 headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
@@ -205,6 +206,6 @@ def _body(content: bytes, more: bool = True) -> Message:
     return {"type": "http.response.body", "body": content, "more_body": more}
 
 
-def _listed(names: list[str]) -> bytes:
-    """Names that a client made up, fit for a header."""
-    return ", ".join(ascii(name[:40])[1:-1] for name in names[:40]).encode()
+def receipt_header(ignored: list[str]) -> dict[str, str]:
+    """Names that a client made up, fit for a header; none without any."""
+    return {"x-ignored-fields": ", ".join(ascii(name[:64])[1:-1] for name in ignored[:40])} if ignored else {}

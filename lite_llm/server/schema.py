@@ -5,6 +5,7 @@ The models say types only; ranges are those of `SamplingParams`. Ignored fields 
 """
 
 import json
+import sys
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -118,11 +119,13 @@ class TokenizeRequest(_Strict):
     prompt: str | None = None
     messages: Any = Field(None, json_schema_extra=_MESSAGES)
     tools: Any = Field(None, json_schema_extra=_TOOLS)
+    add_special_tokens: bool | None = None  # false: no BOS before a prompt
 
 
 class DetokenizeRequest(_Strict):
     model: str | None = None
     tokens: list[int]
+    skip_special_tokens: bool | None = None
 
 
 def read(kind: type[T], body: bytes) -> T:
@@ -134,7 +137,9 @@ def read(kind: type[T], body: bytes) -> T:
     except RecursionError:
         raise Refusal(400, "the body is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise Refusal(400, f"the body is not valid JSON: {error}") from None
+        python, digits = "sys.set_int_max_str_digits" in str(error), sys.get_int_max_str_digits()
+        reason = f"a number has more than {digits:,} digits" if python else str(error)
+        raise Refusal(400, f"the body is not valid JSON: {reason}") from None
     if not isinstance(found, dict):
         raise Refusal(400, f"the body is {shown(found)}; expected a JSON object")
     try:
@@ -154,7 +159,10 @@ def receipt(request: BaseModel) -> list[str]:
         value = extra.get(name)
         if value not in (None, [], {}, "", False) and value not in _MEANS_NOTHING.get(name, ()):
             raise Refusal(400, f"{name} = {shown(value)}: {reason}", name, "unsupported")
-    return [name for name in extra if name not in REFUSED]
+    names = [name for name, value in extra.items() if name not in REFUSED and value is not None]
+    if isinstance(request, Wishes) and request.stream_options is not None:
+        names += [f"stream_options.{name}" for name in request.stream_options.model_extra or ()]
+    return names
 
 
 def sampling(wishes: Wishes, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
@@ -164,6 +172,8 @@ def sampling(wishes: Wishes, max_tokens: int | None, logprobs: int | None) -> Sa
         "frequency_penalty", "seed", "ignore_eos", "n",
     )  # fmt: skip
     given = {name: getattr(wishes, name) for name in names if getattr(wishes, name) is not None}
+    if wishes.top_k == -1:  # as vLLM has it
+        given["top_k"] = 0
     if wishes.stop is not None:
         given["stop"] = wishes.stop if isinstance(wishes.stop, str) else _list("stop", wishes.stop)
     if wishes.logit_bias:

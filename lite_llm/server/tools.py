@@ -127,10 +127,15 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     return tools
 
 
-def ignored_of(tools: list[Any] | None) -> list[str]:
-    """The fields of tools that nothing is made of, for the receipt."""
+def ignored_of(tools: list[Any] | None, choice: Any = None) -> list[str]:
+    """The fields of checked tools, and of a `tool_choice`, that nothing is made of, for the receipt."""
     names = {name for tool in tools or () for name in tool["function"] if name not in _HONOURED}
-    return [f"tools.{name}" for name in sorted(names)]
+    names |= {name for tool in tools or () for name in tool if name not in ("type", "function")}
+    names = [f"tools.{name}" for name in sorted(names)]
+    if isinstance(choice, dict):
+        names += [f"tool_choice.{name}" for name in choice if name not in ("type", "function")]
+        names += [f"tool_choice.function.{name}" for name in choice["function"] if name != "name"]
+    return names
 
 
 def name_results(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lite_llm.errors import BadCheckpoint, EnvironmentProblem, UnsupportedModel, UsageError
+from lite_llm.errors import BadCheckpoint, ContextExceeded, EnvironmentProblem, UnsupportedModel, UsageError
 from lite_llm.jsonfile import read_object
 from lite_llm.text.control import ControlTokens, Marks, without_surrogates
 from lite_llm.text.template import KEYS, ChatTemplate, check_messages, text_of
@@ -92,8 +92,10 @@ class Tokenizer:
         with contextlib.suppress(ImportError):
             from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast  # noqa: F401
 
-    def encode(self, text: str, max_chars: int | None = None) -> list[int]:
+    def encode(self, text: str, max_chars: int | None = None, bos: bool = True) -> list[int]:
         """The ids of a plain prompt, BOS added if the tokenizer does so and the text does not begin with it.
+
+        Without `bos` nothing is added. ContextExceeded for more than `max_chars` characters.
 
         Special tokens written in the text are honoured, so that a template can be written by hand. Text from
         strangers belongs in `chat_ids`. Lone surrogates become U+FFFD.
@@ -101,7 +103,9 @@ class Tokenizer:
         if not isinstance(text, str):
             raise UsageError(f"the prompt is a {type(text).__name__}; expected a string")
         _check_length(len(text), max_chars)
-        ids = self._backend.encode(without_surrogates(text)).ids
+        ids = self._backend.encode(without_surrogates(text), add_special_tokens=bos).ids
+        if not bos:
+            return ids
         added = len(self._prefix)
         return ids[added:] if added and ids[added : 2 * added] == self._prefix else ids
 
@@ -219,7 +223,7 @@ def _prefix(backend: "tokenizers.Tokenizer") -> list[int]:
 
 def _check_length(chars: int, max_chars: int | None) -> None:
     if max_chars is not None and chars > max_chars:
-        raise UsageError(
+        raise ContextExceeded(
             f"the prompt has {chars:,} characters; at most {max_chars:,} are taken", hint="send a shorter prompt"
         )
 

@@ -281,6 +281,7 @@ def _overlap(text: str, marker: str) -> int:
 
 # ---- which form it is
 
+_MARK = "marked2718281828"
 _NAME, _ARGUMENTS = "probe_4815162342", {"place": "Paris"}
 _ASKED = {"role": "user", "content": "Hello"}
 _TOOL = {
@@ -309,6 +310,16 @@ def parser_of(tokenizer: Tokenizer) -> type[MarkedCalls] | type[BareCalls] | Non
                 return MarkedCalls if text[end:].lstrip().startswith(CALL_END) else None
             return BareCalls if "parameters" in found else None
     return None
+
+
+def heeded(tokenizer: Tokenizer) -> frozenset[str]:
+    """What of messages, beside role and content, the checkpoint's chat template writes anywhere. Renders a few."""
+    called = {"role": "assistant", "content": None, "tool_calls": [_CALL]}
+    told = {"role": "tool", "content": "Sunny.", "tool_call_id": _CALL["id"], "name": _MARK}
+    thought = {"role": "assistant", "content": "Hi.", "reasoning_content": _MARK}
+    chats = {"name": ([_ASKED | {"name": _MARK}], [_ASKED, called, told]), "reasoning_content": ([_ASKED, thought],)}
+    keys = {key for key, tries in chats.items() if any(_MARK in _rendered(tokenizer, chat) for chat in tries)}
+    return frozenset(keys | ({"tool_calls", "tool_call_id"} if takes_tools(tokenizer) else set()))
 
 
 def _rendered(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:

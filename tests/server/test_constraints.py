@@ -107,6 +107,40 @@ def test_a_keyword_that_is_not_supported_is_named(server):
     assert message == SCHEMA + ' is no usable grammar: Unimplemented keys: ["not"]'
 
 
+ITEMS = [f"{number}. item" for number in range(2100)]
+
+
+def test_a_long_list_is_chosen_from(server):
+    wishes = {"temperature": 3.0, "max_tokens": 60, "structured_outputs": {"choice": ITEMS}}
+    texts = {server.chat(**wishes, seed=seed).json()["choices"][0]["message"]["content"] for seed in range(3)}
+    assert texts <= set(ITEMS) and len(texts) > 1
+
+
+@pytest.mark.parametrize("wish, param", [
+    ({"structured_outputs": {"grammar": 'start: start "a"'}}, "structured_outputs.grammar"),
+    (formed(schema={"$ref": "#"}), SCHEMA),
+])  # fmt: skip
+def test_a_grammar_without_an_end_is_told_so(server, wish, param):
+    error = refusal(server.chat(**wish))
+    assert error["param"] == param and "always leads back to itself" in error["message"]
+    assert "verbose" not in error["message"] and "Bias" not in error["message"]
+
+
+def test_a_grammar_that_fails_later_is_named_as_the_reason(server):
+    """It compiles, and some tokens into the answer its limits are reached."""
+    wishes = {
+        "prompt": "x",
+        "max_tokens": 100,
+        "structured_outputs": {"regex": "(((a{1,1000}){1,1000}){1,1000}){1,1000}"},
+    }
+    sent = server.post("/v1/completions", **wishes)
+    error = refusal(sent)
+    assert (error["param"], error["code"]) == ("structured_outputs.regex", "grammar_stuck")
+    assert "grammar" in error["message"] and sent.headers["x-should-retry"] == "false"
+    events = server.post("/v1/completions", **wishes, stream=True).text.strip().split("\n\n")
+    assert len(events) > 1 and json.loads(events[-1][6:]) == {"error": error}
+
+
 def test_where_there_can_be_no_grammars_they_are_refused(server, monkeypatch):
     with opened(COPY) as llm, Running(llm) as running:
         error = refusal(running.post("/v1/completions", prompt="x", structured_outputs={"regex": "a"}))
@@ -191,6 +225,15 @@ def test_a_forced_call_is_one_and_keeps_to_the_schema(forced):
         choice = {"type": "function", "function": {"name": name}}
         calls, reason = called(forced, tool_choice=choice)
         assert ([call[0] for call in calls], reason) == ([name], "tool_calls")
+
+
+@pytest.mark.parametrize("parameters", [{}, {"parameters": {}}, {"parameters": {"type": "object", "properties": {}}}])
+def test_a_forced_call_of_a_tool_without_parameters_has_no_arguments(forced, parameters):
+    tools = [{"type": "function", "function": {"name": "clock", "description": "The time."} | parameters}]
+    for seed in range(3):
+        wishes = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "seed": seed}
+        ((name, arguments),), reason = called(forced, **wishes)
+        assert (name, json.loads(arguments), reason) == ("clock", {}, "tool_calls")
 
 
 def test_a_forced_call_that_was_cut_says_so(forced):

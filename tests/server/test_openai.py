@@ -1,5 +1,6 @@
 """The official client: what it sends is understood, and what it gets is what it expects (SRV-02, SRV-09)."""
 
+import httpx
 import openai
 import pytest
 
@@ -180,6 +181,43 @@ def test_echo_with_logprobs_scores_the_prompt(server):
     ahead = server.openai.completions.create(prompt=ids[:-1], **wishes | {"logprobs": 20, "echo": False}).choices[0]
     known = ahead.logprobs.top_logprobs[0][found.tokens[len(ids) - 1]]  # the same token, as the next one of an answer
     assert found.token_logprobs[len(ids) - 1] == pytest.approx(known, abs=1e-3)
+
+
+def test_a_prompt_is_scored_without_an_answer(server):
+    """`max_tokens` 0: log probabilities as with an answer, which is neither shown nor counted."""
+    ids = server.llm.read("The capital of France is Paris.").ids
+    wishes = dict(model="demo/chat", temperature=0, logprobs=2, echo=True, prompt=ids)
+    alone = server.openai.completions.create(**wishes, max_tokens=0)
+    choice = alone.choices[0]
+    longer = server.openai.completions.create(**wishes, max_tokens=1).choices[0].logprobs
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(longer.token_logprobs[1 : len(ids)], abs=1e-5)
+    assert choice.logprobs.tokens == longer.tokens[: len(ids)] and len(choice.logprobs.text_offset) == len(ids)
+    assert len(choice.logprobs.top_logprobs) == len(ids)
+    assert (choice.text, choice.finish_reason) == ("<|begin_of_text|>The capital of France is Paris.", "length")
+    assert (alone.usage.completion_tokens, alone.usage.prompt_tokens) == (0, len(ids))
+    bare = server.openai.completions.create(model="demo/chat", prompt="The", echo=True, max_tokens=0).choices[0]
+    assert (bare.text, bare.logprobs) == ("The", None)
+    for wrong in ({"echo": False}, {"stream": True}):
+        with pytest.raises(openai.BadRequestError):
+            server.openai.completions.create(**wishes | wrong, max_tokens=0)
+
+
+def test_minus_one_turns_top_k_off(server):
+    wishes = dict(temperature=9.0, seed=3, max_tokens=12)
+    off, zero, one = (server.chat(**wishes, top_k=k).json()["choices"] for k in (-1, 0, 1))
+    assert off == zero != one
+
+
+def test_load_balancers_ask_by_head(server):
+    for path in ("/health", "/health/ready"):
+        answer = httpx.head(server.url + path)
+        assert (answer.status_code, answer.content) == (200, b"")
+    server.bridge.draining = True
+    try:
+        late = httpx.get(server.url + "/health/ready")
+    finally:
+        server.bridge.draining = False
+    assert (late.status_code, late.headers["retry-after"]) == (503, "1")
 
 
 def test_a_salt_keeps_prefixes_apart(server):

@@ -73,12 +73,12 @@ def test_what_is_no_picture_and_what_is_elsewhere_is_refused(seeing):
     for url in ("data:image/png;base64,AAAA", "data:image/png;base64,%%", "data:,", "http://127.0.0.1:8000/a.png",
                 "https://example.org/a.png", "file:///etc/passwd", "/etc/passwd"):  # fmt: skip
         error = refusal(seeing.chat(messages=asked(url)))
-        assert "root:" not in error["message"]
+        assert "root:" not in error["message"] and error["param"].startswith("messages")
     for key in ("path", "image"):
         message = {"role": "user", "content": [{"type": "image", key: "/etc/hostname"}]}
         assert "files of this machine" in refusal(seeing.chat(messages=[message]))["message"]
     many = asked(*[data_url(noise(8, 8))] * 100)
-    refusal(seeing.chat(messages=many))
+    assert refusal(seeing.chat(messages=many))["param"] == "messages"
     seeing.settle()
 
 

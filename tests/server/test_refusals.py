@@ -67,10 +67,13 @@ def test_what_changes_nothing_is_taken_and_what_is_ignored_is_listed(server):
     ([{"role": "boss", "content": "x"}], "messages[0].role"),
     ([*CHAT, {"role": "user"}], "messages[1].content"),
     ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0].type"),
-    ([{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}], None),
+    ([{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}], "messages"),
     ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}],
      "messages[0].content[0].image_url"),
-    ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x"}}]}], None),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x"}}]}], "messages"),
+    ([{"role": "tool", "content": "x"}], "messages"),
+    ([{"role": "user", "content": "x"}] * 3000, "messages"),
+    ([{"role": "user", "content": "x" * 600_000}], "messages"),
 ])  # fmt: skip
 def test_bad_messages_name_the_place(server, messages, param):
     assert refusal(server.chat(messages=messages))["param"] == param
@@ -84,9 +87,15 @@ def test_bad_prompts(server, prompt):
 
 def test_prompts_that_are_too_many_or_too_long(server):
     assert refusal(server.post("/v1/completions", prompt=["a"] * 1000))["param"] == "prompt"
-    assert refusal(server.post("/v1/completions", prompt=["a"] * 10, n=64))["param"] == "prompt"
-    error = refusal(server.chat(messages=[{"role": "user", "content": "word " * 5000}]))
-    assert error["code"] == "context_length_exceeded" and "2047" in error["message"].replace("2048", "2047")
+    error = refusal(server.post("/v1/completions", prompt=["a"] * 64, n=64))
+    assert error["param"] == "prompt" and "64 prompts with n = 64 make 4,096 answers; at most 80" in error["message"]
+    for text in ("word " * 5000, "word " * 110_000):  # the second is not even tokenized
+        error = refusal(server.chat(messages=[{"role": "user", "content": text}]))
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "messages"), error
+        error = refusal(server.post("/v1/completions", prompt=text, stream=True))
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt"), error
+    assert "550,000 characters; at most 524,288" in error["message"]
+    assert refusal(server.post("/tokenize", prompt=text))["param"] == "prompt"
     with pytest.raises(openai.BadRequestError) as caught:
         server.openai.chat.completions.create(model="demo/chat", messages=[])
     assert caught.value.param == "messages"
@@ -119,6 +128,12 @@ def test_json_that_python_would_take_is_refused_all_the_same(server, extra):
     body = f'{{"messages": [{{"role": "user", "content": "x"}}], "max_tokens": 1, {extra}}}'
     sent = httpx.post(server.url + "/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert "not valid JSON" in refusal(sent)["message"]
+
+
+def test_a_number_of_very_many_digits_is_refused_in_our_words(server):
+    body = b'{"seed": ' + b"9" * 5000 + b"}"
+    sent = httpx.post(server.url + "/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert refusal(sent)["message"] == "the body is not valid JSON: a number has more than 4,300 digits"
 
 
 def test_a_body_of_very_many_lists_is_not_read(server):
@@ -161,7 +176,8 @@ def test_types_routes_and_methods(server):
     kinds = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""]
     for kind in kinds:
         refusal(httpx.post(server.url + "/v1/completions", content=b"{}", headers={"content-type": kind}), 415)
-    refusal(httpx.get(server.url + "/v1/chat/completions"), 405)
+    wrong = httpx.get(server.url + "/v1/chat/completions")
+    assert refusal(wrong, 405) and wrong.headers["allow"] == "POST"
     refusal(httpx.delete(server.url + "/v1/models"), 405)
     refusal(httpx.get(server.url + "/v2"), 404)
     refusal(httpx.get(server.url + "/docs"), 404)
@@ -173,6 +189,29 @@ def test_tokenize_refuses_what_it_cannot_read(server):
         refusal(server.post("/tokenize", **fields))
     for tokens in (None, "x", [-1], [10**12], [1.5], [True]):
         refusal(server.post("/detokenize", tokens=tokens))
+
+
+def test_the_description_says_how_routes_answer_and_refuse(server):
+    found = httpx.get(server.url + "/openapi.json").json()
+    answers = {path: (*route.values(),)[0]["responses"] for path, route in found["paths"].items()}
+    asked = [
+        ("/v1/models/{name}", httpx.get(server.url + "/v1/models/x")),
+        ("/metrics", httpx.get(server.url + "/metrics")),
+    ]
+    asked += [("/v1/embeddings", server.post("/v1/embeddings", input="x"))]
+    for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
+        asked += [
+            (path, server.post(path)),
+            (path, server.post(path, model="x", prompt="x", tokens=[1], messages=CHAT)),
+        ]
+        asked += [(path, httpx.post(server.url + path, content="{}"))]
+    assert [one.status_code for _, one in asked] == [404, 200, 400] + [400, 404, 415] * 4
+    for path, one in asked:
+        kinds = answers[path][str(one.status_code)]["content"]
+        assert one.headers["content-type"].split(";")[0] in kinds, path
+    assert "text/event-stream" in answers["/v1/chat/completions"]["200"]["content"]
+    assert {"429", "500", "503"} <= answers["/v1/completions"].keys()
+    assert "422" not in str(found) and "Refused" in found["components"]["schemas"]
 
 
 def test_the_description_names_the_fields(server):
