@@ -90,6 +90,22 @@ def test_random_answers_of_every_kind_of_tokenizer_are_what_was_asked_for(tokeni
         assert len(set(found)) > 2 and all(check(text) for text in found), (kind, found)
 
 
+def test_a_choice_may_have_thousands_of_items_and_any_characters(compiler):
+    """Each is one whole answer, and nothing else is."""
+    odd = ["\x7f", "a\x00b", "\u2028", "\\", "/x/", "a|b", "[ab]", '"', "\n", "<|eot_id|>"]
+    items = [f"{number}. item" for number in range(2100)] + odd
+    grammar, tokenizer = compiler.compile(choice=items), compiler._tokenizer
+    ends = {tokenizer.token_id("</s>"), tokenizer.token_id("<|eot_id|>")}
+    texts = [drawn(grammar, tokenizer, seed) for seed in range(20)]
+    assert len(set(texts)) > 10 and set(texts) <= {*items}
+    for item in odd[:-1] + items[:2100:300]:
+        state = grammar.start()
+        for token in tokenizer.encode(item, bos=False):
+            assert token in allowed(state), item
+            state.advance(token)
+        assert ends <= set(allowed(state)), item
+
+
 def test_spaces_between_json_come_to_an_end(compiler):
     """As models write it, on one line or with indentation; but nobody gets lost in them."""
     grammar, tokenizer = (
