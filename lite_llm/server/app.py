@@ -169,9 +169,9 @@ def _about(field: str) -> Iterator[None]:
         raise refusal from None
 
 
-def _fields(prompt: str, grammar: str | None) -> dict[str, str | None]:
-    """Which fields the engine may refuse, by the code that it gives then."""
-    return {ContextExceeded.code: prompt, GRAMMAR_STUCK: grammar}
+def _fields(prompt: str, grammar: str | None) -> dict[str | None, str | None]:
+    """Which field is meant where the engine names none, by the code of its refusal; without a code it is the prompt."""
+    return {None: prompt, ContextExceeded.code: prompt, GRAMMAR_STUCK: grammar}
 
 
 def make_app(server: Server, api_key: str | None) -> ASGIApp:

@@ -33,9 +33,8 @@ class Job:
     salt: str = ""
     timeout: float | None = None  # seconds, for the one who is told
     deadline: float | None = None  # moment of `time.monotonic`
-    fields: Mapping[str, str | None] = field(
-        default_factory=dict
-    )  # which one a refusal of the engine is about, by code
+    # By the code of a refusal that names no field: which one is meant.
+    fields: Mapping[str | None, str | None] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)  # one for each prompt, once it is over
     told: bool = False  # whether any token was handed on; belongs to the engine's thread, as the next
     answered: dict[str, Output] = field(default_factory=dict)  # prompts that are complete, by name

@@ -46,7 +46,7 @@ class Task:
     ignored: list[str]
     salt: str
     timeout: float | None  # seconds from the arrival of the body
-    fields: Mapping[str, str | None]  # that of `Job`
+    fields: Mapping[str | None, str | None]  # as `Job` has them
 
 
 class ClientGone(Exception):

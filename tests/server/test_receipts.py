@@ -6,7 +6,9 @@ import pytest
 from tests.llm.llava import make, noise
 from tests.server.conftest import CHAT, PARIS, Running, opened
 from tests.server.test_pictures import asked, data_url
+from tests.server.test_refusals import refusal
 from tests.server.test_tools import ASKED, WEATHER, made
+from tests.text.build import byte_level, write
 from tests.text.test_tools import HERMES
 
 
@@ -76,3 +78,12 @@ def test_tokenize_and_detokenize(server):
 def test_what_asks_for_what_happens_anyway_is_honoured(server, wishes):
     answer = server.chat(**wishes)
     assert listed(answer) == [""] and answer.json()["choices"][0]["message"]["content"] == PARIS
+
+
+def test_an_empty_prompt_names_its_field(tmp_path):
+    """This tokenizer puts no BOS before a text, so only the engine sees that nothing is left."""
+    folder = made(tmp_path / "tiny", HERMES)
+    with opened(write(folder, byte_level(adds_bos=False))) as llm, Running(llm) as running:
+        error = refusal(running.post("/v1/completions", prompt=""))
+        assert error["param"] == "prompt" and "empty" in error["message"]
+        running.settle()
