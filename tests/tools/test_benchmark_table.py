@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from lite_llm.errors import UsageError
+from lite_llm.errors import EnvironmentProblem, UsageError
 from tests.tools.test_benchmark_record import (
     SEEN,
     SHARE,
@@ -203,7 +203,7 @@ def test_other_modes_are_bars():
 def test_a_picture_of_every_mode(form, tmp_path):
     path = tmp_path / f"run.{form}"
     if importlib.util.find_spec("matplotlib") is None:  # an optional extra: without it the other half is seen
-        with pytest.raises(UsageError, match="pip install matplotlib"):
+        with pytest.raises(EnvironmentProblem, match="pip install -r requirements-plot.txt"):
             plot.plot(record(*every_mode()), path)
         return
     plot.plot(record(*every_mode(), row(name="b16", refused="tokens differ")), path)
@@ -216,6 +216,6 @@ def test_a_picture_needs_matplotlib_and_a_known_form(tmp_path, monkeypatch):
         plot.plot(record(row()), tmp_path / "run.txt")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for use in (lambda: plot.check("run.png"), lambda: plot.plot(record(row()), tmp_path / "run.png")):
-        with pytest.raises(UsageError, match="pip install matplotlib"):
+        with pytest.raises(EnvironmentProblem, match="pip install -r requirements-plot.txt"):
             use()
     assert not list(tmp_path.iterdir())
