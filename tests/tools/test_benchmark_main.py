@@ -183,7 +183,7 @@ def test_a_reader_who_leaves_is_141_and_gets_the_files(tmp_path):
     assert "b8" in (tmp_path / "a.csv").read_text()
 
 
-@pytest.mark.parametrize("script", ["benchmark.py"])
+@pytest.mark.parametrize("script", ["benchmark.py", "tools/claims.py"])
 def test_without_the_requirements_one_line_says_what_to_do(script):
     done = subprocess.run([sys.executable, "-S", ROOT / script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 3 and done.stdout == ""
