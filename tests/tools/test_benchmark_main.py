@@ -132,6 +132,12 @@ def test_a_step_takes_a_token_of_every_request_of_a_large_batch():
         assert program._limits(*jobs("--batch", str(batch), "--input", "2", "--output", "2")).step_tokens == step
 
 
+def test_the_bar_of_an_ablation_ends_with_it(monkeypatch):
+    monkeypatch.setattr(program, "Teller", lambda total: pytest.fail(str(total)))
+    with pytest.raises(pytest.fail.Exception, match="^20$"):  # 2 rungs without a GPU, 2 sides, 5 rounds
+        program.main(["ablation", "--quick", "--device", "cpu"])
+
+
 def test_a_record_of_a_gpu_is_not_rerun_on_a_cpu(monkeypatch, capsys):
     monkeypatch.setattr(Bench, "fresh", lambda *_, **__: pytest.fail("a side was started"))
     monkeypatch.setattr(program.torch.cuda, "is_available", lambda: False)

@@ -14,6 +14,7 @@ from lite_llm.engine.roofline import Ceilings
 from lite_llm.errors import EnvironmentProblem, LiteLLMError, UsageError
 from tools.benchmark import arguments, baseline, modes, plot, table
 from tools.benchmark.bench import AGAIN, OURS, Bench, Facts, takes
+from tools.benchmark.ladder import RUNGS
 from tools.benchmark.modes import Job
 from tools.benchmark.record import Record, load
 from tools.benchmark.screen import Screen, Teller
@@ -69,7 +70,7 @@ def run(args: Namespace, argv: list[str]) -> int:
     if before:
         planned = Record(resolved, model, {"copy_tb_s": None, "matmul_tflops": None}, environment())
         baseline.check(planned, before, [(args.mode, job.work, label) for job in jobs for label in labels])
-    with Teller(total=len(jobs) * (args.rounds + 1) * len(labels)) as say:
+    with Teller(total=_runs(args.mode, len(jobs) * len(labels), device) * (args.rounds + 1)) as say:
         say("what copies and matmuls reach here")
         roof = Ceilings.measure(torch.device(device), getattr(torch, facts.dtype))
         reached = {"copy_tb_s": roof.copy / 1e12, "matmul_tflops": roof.matmul / 1e12}
@@ -107,6 +108,13 @@ def _told(args: Namespace, record: Record, before: Record | None, failed: BaseEx
     refused = any(record.refusal(row) or row.figures.get("verdict") == "bug" for row in record.rows)
     refused = refused or any(gate["wrong"] for gate in record.gates)
     return int(refused or any(finding.fails for finding in findings))
+
+
+def _runs(mode: str, pairs: int, device: str) -> int:
+    """What runs in a round: a pair of a work and a side each, but in an ablation both sides of every rung."""
+    if mode != "ablation":
+        return pairs
+    return 2 * sum(rung.against is not None and (device == "cuda" or not rung.gpu) for rung in RUNGS)
 
 
 def _measure(args: Namespace, bench: Bench, jobs: list[Job], labels: list[str]) -> None:
