@@ -1,6 +1,6 @@
-"""Checks that hold of every matmul kernel for several tokens, and what they are made of.
+"""What the tests of the matmul ops and kernels check alike, with their arguments and the same sums in float64.
 
-`kernel` stands for `skinny` or `wide`, or, where heads come out, for `skinny_qkv` or `wide_qkv`.
+`kernel` stands for `skinny` or `wide`, or, where heads come out, for `skinny_qkv`, `wide_qkv` or the op itself.
 """
 
 import pytest
@@ -41,35 +41,36 @@ def heads(tokens, width, heads, kv_heads, head_dim, dtype, norm=False, bias=True
     return pools, (x, weight, bias, scale, EPS, positions, slots, angles.cos(), angles.sin(), *norms)
 
 
-def normed(x, norm):
+def normed(x, norm, eps):
     x = x.double()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * norm.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.double()
 
 
-def exact(x, weight, bias=None, norm=None, gated=False):
-    y = (x.double() if norm is None else normed(x, norm)) @ weight.double().T
+def exact(x, weight, bias=None, norm=None, eps=EPS, gated=False):
+    y = (x.double() if norm is None else normed(x, norm, eps)) @ weight.double().T
     y = y if bias is None else y + bias.double()
     gate, up = y.chunk(2, -1) if gated else (y, y)
     return torch.nn.functional.silu(gate) * up if gated else y
 
 
-def exact_qkv(x, weight, bias, scale, eps, positions, slots, cos, sin, q_norm, k_norm, kv_heads, head_dim):
-    y = exact(x, weight, bias, scale).unflatten(-1, (-1, head_dim))
+def exact_qkv(x, weight, bias, norm, eps, positions, slots, cos, sin, q_norm, k_norm, kv_heads, head_dim):
+    y = exact(x, weight, bias, norm, eps).unflatten(-1, (-1, head_dim))
     q, k, v = y.split([y.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
     if q_norm is not None:
-        q, k = normed(q, q_norm), normed(k, k_norm)
-    c, s = cos.double()[positions][:, None], sin.double()[positions][:, None]
+        q, k = normed(q, q_norm, eps), normed(k, k_norm, eps)
+    half, c, s = cos.shape[1], cos.double()[positions][:, None], sin.double()[positions][:, None]
 
     def turned(t):
-        a, b = t.chunk(2, -1)
-        return torch.cat([a * c - b * s, b * c + a * s], -1)
+        a, b, rest = t.tensor_split([half, 2 * half], -1)
+        return torch.cat([a * c - b * s, b * c + a * s, rest], -1)
 
     return turned(q), turned(k), v
 
 
 def check_linear(kernel, tile, x, weight, bias, norm, gated=False, ahead=None):
-    got = kernel(x, weight, bias, norm, EPS, gated, None, ahead, tile)
-    assert_close(got, reference.linear(x, weight, bias, norm, EPS, gated), exact(x, weight, bias, norm, gated))
+    args = x, weight, bias, norm, EPS, gated
+    got = kernel(*args, None, ahead, tile)
+    assert_close(got, reference.linear(*args), exact(*args))
     return got
 
 
@@ -84,17 +85,17 @@ def check_add(kernel, tile, tokens, width, rows, dtype):
         assert_close(residual, want, true)
 
 
-def check_qkv(kernel, tile, pools, args):
-    """Heads as in float64; no slot but those of the tokens is written."""
-    expected, slots = pools.clone(), args[6].long()
+def check_qkv(kernel, pools, args, *more):
+    """Of a kernel that takes `more` than project_qkv_ does; no slot but those of the tokens is written."""
+    before, expected, slots = pools.clone(), pools.clone(), args[6].long()
     want = reference.project_qkv_(*expected, *args)
-    got = kernel(*pools, *args, args[1], tile)
+    got = kernel(*pools, *args, *more)
     q, k, v = exact_qkv(*args, *pools.shape[2:])
     assert_close(got, want, q, "q")
     assert_close(pools[0][slots], expected[0][slots], k, "k")
     assert_close(pools[1][slots], expected[1][slots], v, "v")
     others = [slot for slot in range(pools.shape[1]) if slot not in slots.tolist()]
-    assert torch.equal(pools[:, others], expected[:, others])
+    assert torch.equal(pools[:, others], before[:, others])
 
 
 def check_like_reference(kernel, tile, pools, args, tokens):
@@ -149,7 +150,7 @@ def check_real_sizes(kernel, default, others, fits, width, rows, counts, gpu):
     for tokens in counts:
         x = rand(tokens, width, dtype=torch.bfloat16)
         for op, gated in (("linear", False), ("gated", True)):
-            want, true = reference.linear(x, weight, bias, norm, EPS, gated), exact(x, weight, bias, norm, gated)
+            want, true = reference.linear(x, weight, bias, norm, EPS, gated), exact(x, weight, bias, norm, EPS, gated)
             tile = default(op, width, rows, tokens, gpu)
             for t in (tile, *others(tile, tokens)):
                 if fits(t, width, rows, tokens, 2, gated, gpu):

@@ -48,7 +48,8 @@ def test_any_number_of_tokens(tokens, splits, dtype):
 @pytest.mark.parametrize("shape", [(64, 4, 2, 64), (96, 3, 1, 32), (72, 2, 1, 80)], ids=str)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_heads_on_their_way_to_attention(shape, norm, tile, dtype):
-    matmuls.check_qkv(skinny_qkv, tile, *heads(6, *shape, dtype, norm=norm, bias=not norm))
+    pools, args = heads(6, *shape, dtype, norm=norm, bias=not norm)
+    matmuls.check_qkv(skinny_qkv, pools, args, args[1], tile)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 33, 128])

@@ -61,7 +61,8 @@ QKV = [
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_heads_on_their_way_to_attention(shape, norm, tile, dtype):
     """Heads of 80 features, and those longer than a tile, are turned by a second kernel."""
-    matmuls.check_qkv(wide_qkv, tile, *heads(66, *shape, dtype, norm=norm, bias=not norm))
+    pools, args = heads(66, *shape, dtype, norm=norm, bias=not norm)
+    matmuls.check_qkv(wide_qkv, pools, args, args[1], tile)
 
 
 def test_heads_that_turn_in_part():
