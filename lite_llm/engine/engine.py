@@ -86,8 +86,9 @@ class Engine:
             if cfg.vision is not None:
                 encoder = Encoder(model, cfg, most.decodes + most.tokens, device, kv.k.dtype)
             self.runner = Runner(model, kv, self.state, usable_vocab or cfg.vocab, fixed, most, encoder)
-        rules = self._beside, self.runner.fill
-        self.scheduler = Scheduler(slots, max_requests, step_tokens, prefix, prompts, *rules)
+        self.scheduler = Scheduler(
+            slots, max_requests, step_tokens, prefix, prompts, self._beside, self.runner.fill
+        )  # fmt: skip
         self.flights: deque[Flight] = deque()
         self.launched = 0
 
