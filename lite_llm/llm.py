@@ -28,6 +28,7 @@ from lite_llm.text import Tokenizer
 from lite_llm.text.fetch import Fetcher, Gone
 from lite_llm.text.grammar import GrammarCompiler
 from lite_llm.text.images import Picture
+from lite_llm.text.processor import Receipt
 from lite_llm.weights.files import open_checkpoint
 from lite_llm.weights.hub import Source
 from lite_llm.weights.loading import load_weights
@@ -335,8 +336,8 @@ class LLM:
         """
         return self._reader.open(source)
 
-    def receipt(self, picture: "PictureSource | Picture") -> str:
-        """One line on what `open` takes: what was sent, what the model sees of it, and what that costs."""
+    def receipt(self, picture: "PictureSource | Picture") -> Receipt:
+        """Of what `open` takes: what was sent, what the model sees of it, what that costs; `str` makes a line of it."""
         return self._reader.receipt(self.open(picture), self.plan.kv_token)
 
     def _find(self, id: str) -> list["Answer"]:

@@ -11,7 +11,7 @@ from lite_llm.config import ModelConfig, VisionConfig
 from lite_llm.engine.request import Tiles
 from lite_llm.errors import UsageError
 from lite_llm.text.images import MOST_TOGETHER, Picture, open_picture, take_pictures
-from lite_llm.text.processor import Processor, Tower, expand
+from lite_llm.text.processor import Processor, Receipt, Tower, expand
 from lite_llm.text.tools import takes_tools
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ class Reader:
         self._check_vision()
         return source if isinstance(source, Picture) else open_picture(source, self._fetcher, self._decode, gone)
 
-    def receipt(self, picture: Picture, kv_bytes: int) -> str:
-        """One line: what was sent, what the model sees of it, and what that costs at `kv_bytes` per token."""
+    def receipt(self, picture: Picture, kv_bytes: int) -> Receipt:
+        """What was sent, what the model sees of it, and what that costs at `kv_bytes` per token."""
         return self._check_vision().receipt(picture, kv_bytes)
 
     def _take(

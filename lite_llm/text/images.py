@@ -248,8 +248,8 @@ def _rgb(image: "PIL.Image.Image", name: str) -> tuple["PIL.Image.Image", list[s
 
 
 def _from_numbers(image: "PIL.Image.Image") -> tuple["PIL.Image.Image", list[str]]:
-    """Grey of 16 or 32 bits, and the notes on it. 16 bits become 8. Others do not say what their white is: it is guessed
-    to be 1 (of fractions), 255 or 65,535, or else they are spread from their least value to their greatest."""
+    """Grey of 16 or 32 bits, and notes on it. 16 bits become 8. Others do not say what their white is: it is guessed to
+    be 1 (of fractions), 255 or 65,535, or else they are spread from their least value to their greatest."""
     import numpy as np
     import PIL.Image
 
