@@ -62,6 +62,7 @@ class LLM:
         status: Say | None = None,
         fetcher: Fetcher | None = None,
         decode: "Decode | None" = None,
+        pictures: bool = False,
         **options,
     ):
         """Plan, load and get ready.
@@ -73,6 +74,7 @@ class LLM:
         and how many there are: on a GPU kernels are compiled and CUDA graphs recorded, so that no answer waits for
         either. `fetcher` downloads pictures named by URL; without one URLs are refused. `decode`
         decodes pictures: `Decoders.decode` does it in other processes, which hostile files may end; None: in this one.
+        `pictures` says that there will be some: a checkpoint that takes none is refused before its weights are read.
         Raises a LiteLLMError that says what is wrong and what to do.
         """
         config = _engine_config(options)
@@ -110,6 +112,8 @@ class LLM:
             self.eos_ids |= set(_ids(hf.get(object, key, None)))
         self.folder = here
         self._reader = Reader.of(here, self.name, self.cfg, self.tokenizer, fetcher, decode)
+        if pictures:
+            self._reader.check_vision()
         checkpoint = open_checkpoint(source.directory())
         rules = registry.find(self.cfg.architecture)[0].RULES
         self._ready(lambda net: load_weights(net, checkpoint, rules, progress), status)

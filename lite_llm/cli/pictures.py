@@ -1,5 +1,6 @@
 """Pictures that the user shows: opened, drawn small in the terminal, and what they cost the model."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -41,6 +42,12 @@ def show(session: Session, screen: Screen, name: str, picture: "Picture") -> Non
 
 def receipt(session: Session, picture: "Picture") -> str:
     return f"{session.names[picture.digest]}: {session.llm.receipt(picture)}"
+
+
+def facts(session: Session) -> list[dict[str, object]]:
+    """Of each picture that an answer is about: its name, and what its receipt says."""
+    seen = [*session.pictures, *session.waiting]
+    return [{"name": session.names[one.digest]} | dataclasses.asdict(session.llm.receipt(one)) for one in seen]
 
 
 def draw(screen: Screen, picture: "Picture") -> None:

@@ -1,9 +1,9 @@
 """Pictures in the chat, without a model: what goes with which question, commands, files, what the terminal shows."""
 
+import base64
 import io
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +17,7 @@ from lite_llm.engine.request import SamplingParams
 from lite_llm.errors import UsageError
 from lite_llm.text.images import Picture, open_picture
 from tests.cli.doubles import FakeLLM
+from tests.text.pictures import chunk, encoded
 
 
 class FakeLlava(FakeLLM):
@@ -226,9 +227,40 @@ def test_a_saved_conversation_has_the_same_pixels(tmp_path):
     other.load(path)
     assert [p.digest for p in other.pictures] == [p.digest for p in talk.pictures]
     assert [m["role"] for m in other.messages] == ["user", "assistant"] and other.last_question() == "what?"
-    assert commands.run(other, "/image") == "saved picture: 8 wide\nsaved picture: 8 wide"
+    assert commands.run(other, "/image") == "red.png: 8 wide\nblue.png: 8 wide"
     with pytest.raises(UsageError, match="text only"):
         Session(FakeLLM("x"), SamplingParams()).load(path)
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("ünï cödé 東京.png", "ünï cödé 東京.png"), ("\udcff.png", "?.png"), ("two\nlines", "two lines"),
+        ("東" * 80, "東" * 60), ("", "saved picture"),
+    ],
+)  # fmt: skip
+def test_names_of_pictures_are_kept_in_their_files(name, kept, tmp_path):
+    talk, path = session(), tmp_path / "talk.jsonl"
+    talk.show(name, open_picture(Image.new("RGB", (8, 6), "red")))
+    ask(talk, "what?")
+    talk.save(path)
+    assert not set(json.loads(path.read_text().split("\n")[0])) - {"role", "content"}  # any server takes it
+    other = session()
+    other.load(path)
+    assert commands.run(other, "/image") == f"{kept}: 8 wide"
+
+
+@pytest.mark.parametrize("kind", ["a png of others", "a jpeg", "a title that is no UTF-8"])
+def test_files_without_names_are_read_as_ever(kind, tmp_path):
+    data = encoded(Image.new("RGB", (8, 6), "red"), "JPEG" if kind == "a jpeg" else "PNG")
+    if "UTF" in kind:
+        data = data[:33] + chunk(b"iTXt", b"Title\0\0\0\0\0\xff\xfe") + data[33:]
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"role": "user", "content": [part]}))
+    talk = session()
+    talk.load(tmp_path / "talk.jsonl")
+    assert commands.run(talk, "/image") == ("\ufffd\ufffd: 8 wide" if "UTF" in kind else "saved picture: 8 wide")
 
 
 @pytest.mark.parametrize(
