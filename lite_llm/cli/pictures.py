@@ -52,7 +52,7 @@ def facts(session: Session) -> list[dict[str, object]]:
 
 def draw(screen: Screen, picture: "Picture") -> None:
     """Half blocks on stderr, in as many colours as the terminal has; nothing where it has no such characters, or where
-    the user wants no colours: few can read a photo in black and white dots of this size."""
+    the user wants no colours (NO_COLOR): in black and white dots of this size little can be made out."""
     from lite_llm.text.images import preview
 
     if not screen.colour or not (screen.err.encoding or "").lower().startswith("utf"):
