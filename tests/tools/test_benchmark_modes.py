@@ -204,6 +204,35 @@ def test_ablation_compares_each_rung_with_its_base(made):
     assert all(not r.against for (_, name), r in variants.items() if name == "as it is")
 
 
+def ablated(bench):
+    mixed = Job(lambda turn: Work("mixed", tuple(Ask((turn,), new) for new in (1, 9, 1, 9))), {})
+    modes.ablation(bench, job(), mixed, job(2, 6, 4))
+
+
+def test_a_wrong_token_refuses_an_ablation(made):
+    bench, record, _, _ = made(max_requests=2, transformers=FakeSide(JUDGE, 0.020, gap=0.3))
+    ablated(bench)
+    assert len(record.rows) == 4 and all("0.3 nats" in record.refusal(row) for row in record.rows)
+    assert not any(list(record.comparisons(row)) for row in record.rows)
+
+
+def test_what_a_variant_is_compared_with_is_judged_too(made, monkeypatch):
+    """Its own tokens are wrong in one of two works here, and nobody's else are."""
+    bench, record, _, _ = made(max_requests=2)
+    wrong, score = iter([0.3, 0.0, 0.0, 0.0]), bench.open(JUDGE).score
+    monkeypatch.setattr(bench.sides[JUDGE], "score", lambda pairs: [[next(wrong)], *score(pairs)])
+    ablated(bench)
+    refused = {row.work["variant"] for row in record.rows if record.refusal(row)}
+    assert refused == {"as it is"} and not any(list(record.comparisons(row)) for row in record.rows)
+
+
+def test_rungs_that_need_a_gpu_are_said_to_be_left_out(made):
+    bench, _, _, said = made(max_requests=2)
+    ablated(bench)
+    (line,) = [line for line in said if line.startswith("left out")]
+    assert "no PDL, cuBLAS only, no graphs, plain attention: without a GPU" in line
+
+
 # ---- limits
 
 

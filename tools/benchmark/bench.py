@@ -152,14 +152,14 @@ class Bench:
                 self._score("greedy tokens", label, [(work, side.run(work)) for work in works])
 
     def judge(self, runs: dict[str, list[Run]], work: Work) -> None:
-        """Answers that were timed, the first round's, scored: a gate for each side in the record."""
+        """Answers that were timed, the first round's, scored: a gate for each label, a side or a variant of ours."""
         for label, mine in runs.items():
             if label != JUDGE:
                 self._score(f"greedy tokens, {work.name}", label, [(work, mine[0])])
 
     def _score(self, name: str, label: str, answered: Sequence[tuple[Work, Run]]) -> None:
         """Of each work the longest requests and some others, by how far a token is below transformers' best."""
-        self.say(f"{name}: are {label}'s right?")
+        self.say(f"{name}: are those of {label} right?")
         try:
             judge, worst = self.open(JUDGE), 0.0
             for work, run in answered:

@@ -102,6 +102,8 @@ def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
     `mixed` has requests of unequal lengths, more than run at a time, for static batching; `prefixed` a common prefix.
     """
     rungs = {rung.name: rung for rung in RUNGS if bench.facts.device == "cuda" or not rung.gpu}
+    if absent := [rung.name for rung in RUNGS if rung.name not in rungs]:
+        bench.say(f"left out {', '.join(absent)}: without a GPU there is no such thing to take away")
     for rung in rungs.values():
         if rung.against is None:
             continue
@@ -109,7 +111,7 @@ def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
         how = {rung.name: in_windows(bench.limits.max_requests)} if rung.windows else {}
         with bench.fresh(OURS, variant=base.variant) as first, bench.fresh(OURS, variant=rung.variant) as second:
             runs = bench.runs({base.name: first, rung.name: second}, job.works, how)
-        bench.judge({rung.name: runs[rung.name]}, job.works(1))
+        bench.judge(runs, job.works(1))
         for name, mine in runs.items():
             about = job.work | {"variant": name}
             if bench.record.find("ablation", about, OURS) is None:

@@ -121,7 +121,8 @@ class Comparison:
 class Record:
     """`arguments` hold "argv" and all it was resolved to; `model` a "name" and what else makes it another model.
 
-    A gate is {"name", "wrong": null or why} and, if it says something about one side alone, "side".
+    A gate is {"name", "wrong": null or why} and, if it says something about one side alone, "side": a row's side, or in
+    an ablation its variant.
     """
 
     arguments: dict
@@ -179,7 +180,7 @@ class Record:
 
     def refusal(self, row: Row) -> str | None:
         """Why nothing may be said about this row's speed."""
-        wrong = (gate for gate in self.gates if gate["wrong"] and gate.get("side", row.side) == row.side)
+        wrong = (gate for gate in self.gates if gate["wrong"] and gate.get("side", row.side) in (row.side, row.label))
         return row.refused or next((f"{gate['name']}: {gate['wrong']}" for gate in wrong), None)
 
     def comparisons(self, row: Row) -> Iterator[Comparison]:
@@ -188,7 +189,8 @@ class Record:
         for against in row.against:
             work = row.work | ({"variant": against["variant"]} if "variant" in against else {})
             other = self.find(row.mode, work, against["side"])
-            if other is None and any(gate["wrong"] and gate.get("side") == against["side"] for gate in self.gates):
+            names = {against["side"], against.get("variant", against["side"])}
+            if other is None and any(gate["wrong"] and gate.get("side") in names for gate in self.gates):
                 continue
             if other is None or not self.refusal(other):
                 label = other.label if other else against.get("variant", against["side"])
