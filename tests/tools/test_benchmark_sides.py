@@ -118,6 +118,11 @@ def test_an_answer_that_is_too_short_is_no_figure(us):
         us.run(Work("too much", (Ask((5,) * 60, 99),)))
 
 
+def test_what_is_not_compiled_on_a_cpu_says_so():
+    info = theirs.Compiled(Opening("transformers-compile", limits=LIMITS)).info
+    assert info["compile"] is None and "nothing is compiled on a CPU" in info["note"]
+
+
 @pytest.mark.parametrize("kind", [theirs.Compiled, theirs.ContinuousBatching])
 def test_the_others_of_transformers_say_the_same(kind, eager):
     side, work = kind(Opening("transformers", limits=LIMITS)), mixed(5)
