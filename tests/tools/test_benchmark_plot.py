@@ -1,6 +1,7 @@
 """tools/benchmark/plot.py holds every bar inside its axes, and draws of `online` what requests waited."""
 
 import importlib.util
+import math
 
 import pytest
 
@@ -50,6 +51,12 @@ def test_numbers_beside_a_logarithmic_axis_are_written_one_way(highest, wanted):
     said = ticks(axes.yaxis)
     assert wanted <= set(said), said
     assert all(one.replace(",", "").isdigit() for one in said), said
+
+
+def test_one_run_has_no_error_bar():
+    x, y, (below, above) = plot._xy(plot.Line("lite_llm", [(1, 10.0, 10.0, 10.0), (8, 20.0, 18.0, 23.0)]))
+    assert (x, y, below[1], above[1]) == ([1, 8], [10, 20], 2, 3) and math.isnan(below[0]) and math.isnan(above[0])
+    assert not DRAWS or drawn(*by_batch(spread(10.0, 10.0, 10.0))).axes
 
 
 def test_online_draws_the_percentiles_of_each_time():

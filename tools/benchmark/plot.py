@@ -216,4 +216,6 @@ def _bars(axes, panel: Panel, colors: dict[str, str]) -> None:
 
 def _xy(line: Line) -> tuple[list, list, tuple[list, list]]:
     x, y, low, high = (list(values) for values in zip(*line.points, strict=True))
-    return x, y, ([a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)])
+    known = [a < b for a, b in zip(low, high)]  # one run has no interval, and so no caps
+    below = [a - b if told else math.nan for a, b, told in zip(y, low, known)]
+    return x, y, (below, [b - a if told else math.nan for a, b, told in zip(y, high, known)])
