@@ -136,7 +136,10 @@ class Server:
 
 def make_app(server: Server, api_key: str | None) -> ASGIApp:
     """`api_key`: what clients must send as a bearer token on every route but health and the page; None: nothing."""
-    app = FastAPI(title="lite_llm", version=lite_llm.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="lite_llm", version=lite_llm.__version__, docs_url=None, redoc_url=None, openapi_url=None,
+        redirect_slashes=False,  # it would name the address that the client says it has asked
+    )  # fmt: skip
     page = resources.files("lite_llm.server").joinpath("page.html").read_bytes()
     bridge, most = server.bridge, server.most_bytes
 

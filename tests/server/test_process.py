@@ -88,6 +88,7 @@ def test_pictures_are_decoded_in_processes_that_end_with_the_server():
         server.child.terminate()
         assert server.end() == 0
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert len(server.log) == 3 and "Ctrl-C stops" in server.log[-1], "nothing is said at the end"
 
 
 def stream(url: str, tokens: int, **headers) -> tuple[threading.Thread, list[str]]:
@@ -116,6 +117,9 @@ def test_sigterm_lets_running_answers_finish_and_others_not_for_ever(processes):
     patient, hasty = processes
     key = {"authorization": "Bearer k"}
     assert httpx.get(hasty.url + "/v1/models", headers=key).json()["data"][0]["id"] == "mine"
+    strange = {"host": "evil.example"}  # only the one without a key must mind
+    assert httpx.get(patient.url + "/v1/models", headers=strange).status_code == 421
+    assert httpx.get(hasty.url + "/v1/models", headers=key | strange).status_code == 200
     reader, lines = stream(patient.url, 400)
     other, cut = stream(hasty.url, 1900, **key)
     pooled = httpx.Client()
