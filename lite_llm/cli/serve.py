@@ -142,5 +142,5 @@ def _number(text: str) -> float:
 
 def _whole(text: str) -> int:
     if not (text.isdigit() and text.isascii() and len(text) < 12):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number")
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}; expected a whole number, 0 or more")
     return int(text)

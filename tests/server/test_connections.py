@@ -71,7 +71,8 @@ def test_clients_that_leave_disturb_nobody_and_leave_nothing(copying):
 def raw(server: Running, path: str = "/v1/chat/completions", **fields) -> socket.socket:
     """A connection on which a request was sent."""
     body = json.dumps(fields).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
+    head += "content-type: application/json\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", server.port))
     connection.sendall(head.encode() + body)
     return connection
@@ -104,7 +105,7 @@ def test_leaving_while_waiting_and_before_anything_was_said(server):
     server.settle(2.0)
     half = socket.create_connection(("127.0.0.1", server.port))
     half.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
     )
     server.until(lambda: server.bridge.taken == 1)
     half.close()
@@ -224,7 +225,7 @@ def test_who_sends_or_reads_too_slowly_is_left(demo, monkeypatch):
     monkeypatch.setattr(reply, "_SEND_DEADLINE", 0.1)
     with Running(demo) as impatient:
         head = (
-            "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
         )
         with socket.create_connection(("127.0.0.1", impatient.port)) as half:
             half.sendall(head.encode())

@@ -161,7 +161,8 @@ def test_wrong_options_are_said_before_a_model_is_loaded(capsys):
         port = taken.getsockname()[1]
         cases = [
             (2, ["--host", "0.0.0.0"], "no API key"), (2, ["--port", "99999"], "--port"), (2, ["--port", "x"], "x"),
-            (2, ["--max-queue", "-1"], "-1"), (2, ["--api-key", "ü"], "--api-key"), (2, ["--frobnicate"], "frob"),
+            (2, ["--max-queue", "-1"], "'-1'; expected a whole number, 0 or more"),
+            (2, ["--api-key", "ü"], "--api-key"), (2, ["--frobnicate"], "frob"),
             (3, ["--port", str(port)], "Address already in use"),
             (3, ["--host", "no.such.host.invalid", "--api-key", "x"], "no.such"),
             (2, ["--fetch-from", "a b"], "a b"), (5, ["--model", "/nowhere/at/all", "--port", "0"], "nowhere"),
