@@ -52,8 +52,9 @@ def parser(prog: str) -> args.Parser:
         "--drain", metavar="S", type=_whole, help="seconds for running answers to finish after SIGTERM; default: 30"
     )
     group.add_argument(
-        "--fetch-from", metavar="HOST", nargs="+", default=[], help="hosts from which pictures may be fetched"
-    )
+        "--fetch-from", metavar="HOST", nargs="+", default=[],
+        help="hosts from which pictures may be fetched; of what is not public, list the address itself too",
+    )  # fmt: skip
     args.add_output(parser)
     parser.set_defaults(json=False)
     return parser

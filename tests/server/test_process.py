@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -200,6 +201,32 @@ def test_pictures_are_fetched_from_listed_hosts_only():
     for url in ("http://example.com/a.png", "http://example.org.evil.com/", "http://127.0.0.1/x", "http://[::1]/"):
         with pytest.raises(UsageError, match="not fetched from"):
             fetcher.fetch(url)
+
+
+def test_an_address_inside_is_asked_only_if_it_is_listed_itself():
+    class Picture(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "image/png")
+            self.end_headers()
+            self.wfile.write(b"picture")
+
+        def log_message(self, *_) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Picture) as inside:
+        thread = threading.Thread(target=inside.serve_forever)
+        thread.start()
+        url = f"http://{{}}:{inside.server_port}/a.png"
+        assert fetcher_from(["127.0.0.1"]).fetch(url.format("127.0.0.1")) == b"picture"
+        assert fetcher_from(["localhost", "127.0.0.1", "[::1]"]).fetch(url.format("localhost")) == b"picture"
+        for hosts in (["localhost"], ["localhost", "127.0.0.2"]):
+            with pytest.raises(UsageError, match="inside a network.*--fetch-from"):
+                fetcher_from(hosts).fetch(url.format("localhost"))
+        with pytest.raises(UsageError, match="not fetched from 127.0.0.1"):
+            fetcher_from(["127.0.0.2"]).fetch(url.format("127.0.0.1"))
+        inside.shutdown()
+        thread.join()
 
 
 def test_top_shows_the_servers_requests(server, capsys):
