@@ -49,6 +49,7 @@ class Server:
         # Of the LLM only what never changes: its steps belong to the bridge.
         self._prompt, self._tokenizer, self.context = llm.read, llm.tokenizer, llm.cfg.max_len
         self._vocab = llm.cfg.vocab
+        self._modalities = ["text"] if llm.cfg.vision is None else ["text", "image"]
         self._vocabulary = Vocabulary(llm.tokenizer)
         self._toolbox = tools.Toolbox(llm.tokenizer)
         self._constraints = constraints.Constraints(llm)
@@ -130,7 +131,7 @@ class Server:
     def model(self) -> dict[str, Any]:
         return {
             "id": self.name, "object": "model", "created": self.started, "owned_by": "lite_llm",
-            "max_model_len": self.context,
+            "max_model_len": self.context, "input_modalities": self._modalities,
         }  # fmt: skip
 
 
