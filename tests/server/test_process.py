@@ -89,7 +89,7 @@ def test_pictures_are_decoded_in_processes_that_end_with_the_server():
         server.child.terminate()
         assert server.end() == 0
     assert not any(Path(f"/proc/{child}").exists() for child in children)
-    assert len(server.log) == 3 and "Ctrl-C stops" in server.log[-1], "nothing is said at the end"
+    assert "Ctrl-C stops" in server.log[-1], "nothing is said at the end"
 
 
 def stream(url: str, tokens: int, **headers) -> tuple[threading.Thread, list[str]]:
