@@ -29,6 +29,7 @@ from lite_llm.text import Tokenizer
 from lite_llm.text.fetch import Fetcher, Gone
 from lite_llm.text.grammar import GrammarCompiler
 from lite_llm.text.images import Picture
+from lite_llm.text.processor import Receipt
 from lite_llm.weights.files import open_checkpoint
 from lite_llm.weights.hub import Source
 from lite_llm.weights.loading import load_weights
@@ -62,6 +63,7 @@ class LLM:
         status: Say | None = None,
         fetcher: Fetcher | None = None,
         decode: "Decode | None" = None,
+        pictures: bool = False,
         **options,
     ):
         """Plan, load and get ready.
@@ -73,6 +75,7 @@ class LLM:
         and how many there are: on a GPU kernels are compiled and CUDA graphs recorded, so that no answer waits for
         either. `fetcher` downloads pictures named by URL; without one URLs are refused. `decode`
         decodes pictures: `Decoders.decode` does it in other processes, which hostile files may end; None: in this one.
+        `pictures` says that there will be some: a checkpoint that takes none is refused before its weights are read.
         Raises a LiteLLMError that says what is wrong and what to do.
         """
         config = _engine_config(options)
@@ -110,6 +113,8 @@ class LLM:
             self.eos_ids |= set(_ids(hf.get(object, key, None)))
         self.folder = here
         self._reader = Reader.of(here, self.name, self.cfg, self.tokenizer, fetcher, decode)
+        if pictures:
+            self._reader.check_vision()
         checkpoint = open_checkpoint(source.directory())
         rules = registry.find(self.cfg.architecture)[0].RULES
         self._ready(lambda net: load_weights(net, checkpoint, rules, progress), status)
@@ -336,8 +341,8 @@ class LLM:
         """
         return self._reader.open(source)
 
-    def receipt(self, picture: "PictureSource | Picture") -> str:
-        """One line on what `open` takes: what was sent, what the model sees of it, and what that costs."""
+    def receipt(self, picture: "PictureSource | Picture") -> Receipt:
+        """Of what `open` takes: what was sent, what the model sees of it, what that costs; `str` makes a line of it."""
         return self._reader.receipt(self.open(picture), self.plan.kv_token)
 
     def _find(self, id: str) -> list["Answer"]:

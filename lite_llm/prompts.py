@@ -11,7 +11,7 @@ from lite_llm.config import ModelConfig, VisionConfig
 from lite_llm.engine.request import Tiles
 from lite_llm.errors import UsageError
 from lite_llm.text.images import MOST_TOGETHER, Picture, open_picture, take_pictures
-from lite_llm.text.processor import Processor, Tower, expand
+from lite_llm.text.processor import Processor, Receipt, Tower, expand
 from lite_llm.text.tools import takes_tools
 
 if TYPE_CHECKING:
@@ -82,12 +82,20 @@ class Reader:
 
     def open(self, source: "Source | Picture", gone: "Gone | None" = None) -> Picture:
         """One picture, decoded. UsageError for what is none, or if this model takes none."""
-        self._check_vision()
+        self.check_vision()
         return source if isinstance(source, Picture) else open_picture(source, self._fetcher, self._decode, gone)
 
-    def receipt(self, picture: Picture, kv_bytes: int) -> str:
-        """One line: what was sent, what the model sees of it, and what that costs at `kv_bytes` per token."""
-        return self._check_vision().receipt(picture, kv_bytes)
+    def receipt(self, picture: Picture, kv_bytes: int) -> Receipt:
+        """What was sent, what the model sees of it, and what that costs at `kv_bytes` per token."""
+        return self.check_vision().receipt(picture, kv_bytes)
+
+    def check_vision(self) -> Processor:
+        """UsageError if this model takes no pictures."""
+        if self._cfg.vision is None:
+            raise UsageError(f"{self._name} takes text only", "load a vision model, or send no pictures")
+        if self._processor is None:
+            raise UsageError(f"{self._name} has random weights and no image processor", "pass prepared pixels")
+        return self._processor
 
     def _take(
         self, prompt: Prompt, tools: Sequence[Mapping[str, object]] = (), gone: "Gone | None" = None
@@ -104,7 +112,7 @@ class Reader:
             raise UsageError(f"the chat template of {self._name} takes no tools", "leave tools out")
         messages, sources = take_pictures(prompt)
         if sources:
-            self._check_vision()
+            self.check_vision()
         ids = self._tokenizer.chat_ids(messages if sources else prompt, tools=tools, max_chars=most)
         return self._place(ids, self._open_all(sources, gone))
 
@@ -126,20 +134,13 @@ class Reader:
     def _place(self, ids: list[int], pictures: list[Picture]) -> tuple[list[int], list[tuple[int, Picture]]]:
         if self._cfg.vision is None:
             return ids, []
-        counts = [self._check_vision().tokens(picture) for picture in pictures]
+        counts = [self.check_vision().tokens(picture) for picture in pictures]
         ids, places = expand(ids, self._cfg.vision.image_token, counts)
         return ids, [(place.start, picture) for place, picture in zip(places, pictures, strict=True)]
 
     def _prepare(self, picture: Picture) -> Tiles:
         """As long as somebody holds a picture, this is done once."""
         if picture not in self._tiles:
-            made = self._check_vision().prepare(picture)
+            made = self.check_vision().prepare(picture)
             self._tiles[picture] = Tiles(made.pixels, made.size, made.tokens, picture.digest)
         return self._tiles[picture]
-
-    def _check_vision(self) -> Processor:
-        if self._cfg.vision is None:
-            raise UsageError(f"{self._name} takes text only", "load a vision model, or send no pictures")
-        if self._processor is None:
-            raise UsageError(f"{self._name} has random weights and no image processor", "pass prepared pixels")
-        return self._processor

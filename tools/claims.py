@@ -17,24 +17,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout, nothing installed
 
-from lite_llm.cli.args import Parser
-from lite_llm.engine.roofline import Ceilings
 from lite_llm.errors import EnvironmentProblem, LiteLLMError
-from tools.benchmark.bench import Bench, Facts
-from tools.benchmark.claims_page import render
-from tools.benchmark.claims_peers import Ladder, Shape, Versus, ladder, versus
-from tools.benchmark.claims_record import Document, load
-from tools.benchmark.claims_run import OPENING, Clock, Gates, Stage, forgiving
-from tools.benchmark.claims_serving import Energon, Flover, energon, flover
-from tools.benchmark.claims_texts import CLAIMS
-from tools.benchmark.main import ROOM
-from tools.benchmark.record import replace_file
-from tools.benchmark.sides import Limits
+from tools.needs import packages
+
+with packages():
+    import torch
+
+    from lite_llm.cli.args import Parser
+    from lite_llm.engine.roofline import Ceilings
+    from tools.benchmark.bench import Bench, Facts
+    from tools.benchmark.claims_page import render
+    from tools.benchmark.claims_peers import Ladder, Shape, Versus, ladder, versus
+    from tools.benchmark.claims_record import Document, load
+    from tools.benchmark.claims_run import OPENING, Clock, Gates, Stage, forgiving
+    from tools.benchmark.claims_serving import Energon, Flover, energon, flover
+    from tools.benchmark.claims_texts import CLAIMS
+    from tools.benchmark.main import ROOM
+    from tools.benchmark.record import replace_file
+    from tools.benchmark.sides import Limits
 
 SECONDS = {
     "ci-7b": 170, "fl": 90, "en": 50, "ll-1b": 330, "ladder": 110, "ll-3b": 400, "ll-qwen": 480, "ci-13b": 90,

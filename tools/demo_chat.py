@@ -1,6 +1,5 @@
 """Trains the demo chat model, examines it on held-out questions and writes its directory."""
 
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -10,14 +9,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 from tools import demo_exam
-from tools.demo_model import DemoLlama, save_model
+from tools.demo_model import DemoLlama, llama_config, save_model
 from tools.demo_text import BOS, CONTEXT, END, VOCAB, Lessons, save_tokenizer, train_tokenizer
+from tools.demo_training import adam, learn, loader
 
-THETA = 10_000.0
 _TIMED = 0.25  # of the minutes; then the number of steps is fixed, before the fall of the rate
 _SHUFFLED = 2  # items whose batches are mixed
 
@@ -41,21 +39,16 @@ class Plan:
 
 
 def config(layers: int = 6) -> LlamaConfig:
-    return LlamaConfig(
+    return llama_config(
         vocab_size=VOCAB,
         hidden_size=384,
         intermediate_size=512,
         num_hidden_layers=layers,
         num_attention_heads=6,
-        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
         bos_token_id=BOS,
         eos_token_id=END,
-        pad_token_id=None,
     )
 
 
@@ -70,7 +63,7 @@ def build(plan: Plan, folder: Path) -> None:
     save_tokenizer(tokenizer, folder)
     print(f"tokenizer: {VOCAB} tokens, {time.monotonic() - began:.0f} s", flush=True)
     cfg = config()
-    model = DemoLlama(cfg, THETA).to(plan.device)
+    model = DemoLlama(cfg).to(plan.device)
     if plan.start:
         model.load_state_dict(load_file(plan.start / "model.safetensors"))
     count = sum(p.numel() for p in model.parameters())
@@ -88,10 +81,7 @@ def build(plan: Plan, folder: Path) -> None:
 def _train(plan: Plan, model: DemoLlama, tokenizer) -> tuple[int, int, float]:
     """Returns the steps taken, the tokens seen and the last smoothed loss."""
     cuda = plan.device.type == "cuda"
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.95), fused=True)
+    optimizer = adam(model, plan.rate)
     steps, fixed = (1_000_000, False) if plan.minutes else (plan.steps, True)
     seen, smooth = 0, torch.zeros((), device=plan.device)
     began = time.monotonic()
@@ -104,15 +94,10 @@ def _train(plan: Plan, model: DemoLlama, tokenizer) -> tuple[int, int, float]:
             print(f"{pace * 1e3:.1f} ms a step: --steps {steps}", flush=True)
         if step >= steps:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate * _schedule(step, steps, plan.warmup)
         ids, spots = (t.to(plan.device, non_blocking=True) for t in (ids, spots))
         with torch.autocast(plan.device.type, torch.bfloat16, enabled=cuda):
             loss = model.loss(ids, spots)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        learn(model, optimizer, loss, plan.rate * _schedule(step, steps, plan.warmup))
         smooth = loss.detach() if step == 0 else smooth.lerp(loss.detach(), 0.02)
         seen += ids.numel()
         if step % 200 == 0 or step + 1 == steps:
@@ -133,28 +118,10 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
 def _batches(plan: Plan, tokenizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches in an order that does not depend on the number of workers."""
     lessons = Lessons(tokenizer, plan.seed, 1_000_000, plan.documents, plan.tokens)
-    loader = DataLoader(
-        lessons,
-        batch_size=None,
-        num_workers=plan.workers,
-        prefetch_factor=2 if plan.workers else None,
-        collate_fn=_as_is,
-        worker_init_fn=_one_thread,
-    )
     rng, pool = random.Random(plan.seed), []
-    for i, item in enumerate(loader, 1):
+    for i, item in enumerate(loader(lessons, plan.workers, ahead=2), 1):
         pool += item
         if i % _SHUFFLED == 0:
             rng.shuffle(pool)
             yield from ((torch.as_tensor(ids).long(), torch.as_tensor(spots).long()) for ids, spots in pool)
             pool = []
-
-
-def _as_is(item):
-    """Arrays travel as bytes: as tensors, each would hold a file descriptor."""
-    return item
-
-
-def _one_thread(worker: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)

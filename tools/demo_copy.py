@@ -14,15 +14,16 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from tools import demo_tokenizer
 from tools.demo_exam import hardware
-from tools.demo_model import DemoLlama, save_model
+from tools.demo_model import DemoLlama, llama_config, save_model
+from tools.demo_training import learn
 
 SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+-"
 SPECIAL = ["<s>", "<sep>", "</s>", "<unk>"]
 BOS, SEP, EOS, UNK = range(4)
 LONGEST = 48
 CONTEXT = 256
-THETA = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,16 @@ class Score:
 
 
 def config() -> LlamaConfig:
-    return LlamaConfig(
+    return llama_config(
         vocab_size=len(SPECIAL) + len(SYMBOLS),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
         bos_token_id=BOS,
         eos_token_id=EOS,
-        pad_token_id=None,
     )
 
 
@@ -73,7 +69,7 @@ def build(plan: Plan, folder: Path) -> None:
     torch.manual_seed(plan.seed)
     _tokenizer().save_pretrained(folder)
     cfg = config()
-    model = DemoLlama(cfg, THETA).to(plan.device)
+    model = DemoLlama(cfg).to(plan.device)
     began = time.monotonic()
     _train(plan, model)
     seconds = time.monotonic() - began
@@ -119,14 +115,9 @@ def _train(plan: Plan, model: DemoLlama) -> None:
     smooth = 0.0
     for step in range(plan.steps):
         share = min(1.0, (step + 1) / plan.warmup, (plan.steps - step) / (0.5 * plan.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate * share
         ids, spots = (t.to(plan.device) for t in _batch(plan.rows, generator))
         loss = model.loss(ids, spots)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        learn(model, optimizer, loss, plan.rate * share)
         if step % 200 == 0 or step + 1 == plan.steps:
             smooth = loss.item()
             print(f"copy: step {step:5d}/{plan.steps}  loss {smooth:.5f}", flush=True)
@@ -154,16 +145,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        sep_token="<sep>",
-        pad_token="</s>",
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    return demo_tokenizer.fast(tokenizer, "<s>", "</s>", CONTEXT, unk_token="<unk>", sep_token="<sep>")
 
 
 _CARD = """\

@@ -12,6 +12,18 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 
+def llama_config(**facts: int) -> LlamaConfig:
+    """Of these sizes and tokens; the rest is the same in all demos."""
+    return LlamaConfig(
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        pad_token_id=None,
+        **facts,
+    )
+
+
 class Attention(nn.Module):
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
@@ -77,10 +89,10 @@ class Backbone(nn.Module):
 class DemoLlama(nn.Module):
     """Tied embedding and head; weights start as normal(0, 0.02), residual outputs smaller."""
 
-    def __init__(self, cfg: LlamaConfig, theta: float):
+    def __init__(self, cfg: LlamaConfig):
         super().__init__()
         self.model = Backbone(cfg)
-        rate = theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
+        rate = cfg.rope_parameters["rope_theta"] ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
         angle = torch.arange(cfg.max_position_embeddings).float()[:, None] * rate
         self.register_buffer("cos", angle.cos().repeat(1, 2)[:, None], persistent=False)
         self.register_buffer("sin", angle.sin().repeat(1, 2)[:, None], persistent=False)

@@ -6,9 +6,9 @@
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
+from tools import demo_tokenizer
 from tools.demo_data import Message, dialogue, plain_text
 
 BOS, END, SYSTEM, USER, ASSISTANT = range(5)
@@ -36,43 +36,19 @@ TEMPLATE = """\
 
 def train_tokenizer(dialogues: int) -> Tokenizer:
     """A byte-level BPE over the text of this many training dialogues."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    splitting = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_PIECES), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=special,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        min_frequency=2,
-        show_progress=False,
-    )
     texts = (m["content"] for i in range(dialogues) for m in dialogue(f"bpe {i}"))
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A",
-        pair="<|begin_of_text|> $A $B",
-        special_tokens=[("<|begin_of_text|>", BOS)],
-    )
-    assert tokenizer.get_vocab_size() == VOCAB
-    return tokenizer
+    return demo_tokenizer.train(texts, splitting, SPECIAL, VOCAB)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=SPECIAL[BOS],
-        eos_token=SPECIAL[END],
-        pad_token=SPECIAL[END],
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    fast = demo_tokenizer.fast(tokenizer, SPECIAL[BOS], SPECIAL[END], CONTEXT)
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
 

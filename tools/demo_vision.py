@@ -5,7 +5,6 @@ the dearest part of the data, so each batch of it is learnt from several times, 
 same scenes.
 """
 
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import LlavaConfig
 
 from tools.demo_exam import hardware
+from tools.demo_training import adam, learn, loader
 from tools.demo_vision_card import card, save_samples
 from tools.demo_vision_lessons import DRAWN, LONG_EVERY, Lessons
 from tools.demo_vision_model import DemoLlava, config, save_model
@@ -104,10 +103,7 @@ class Training:
     def __init__(self, plan: Plan, model: DemoLlava, tokenizer):
         self.plan, self.model = plan, model
         self.began = time.monotonic()
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        vectors = [p for p in model.parameters() if p.dim() == 1]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.95), fused=True)
+        self.optimizer = adam(model, plan.rate)
         self.painter = Painter(SIDE, plan.device, plan.seed)
         self.lessons = lessons(plan, tokenizer)
         self.waited = 0.0
@@ -177,12 +173,8 @@ class Training:
             return seen, self.model.read(features, batch["ids"], batch["targets"], batch["places"])
 
     def _step(self, seen: Tensor, read: Tensor | None, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate * rate
-        (seen if read is None else read + 0.3 * seen).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = seen if read is None else read + 0.3 * seen
+        learn(self.model, self.optimizer, loss, self.plan.rate * rate)
         self.look_loss = self.look_loss.lerp(seen.detach().float(), 0.02)
         if read is not None:
             self.read_loss = self.read_loss.lerp(read.detach().float(), 0.02)
@@ -224,16 +216,7 @@ def _bias(steps: int) -> float:
 
 def lessons(plan: Plan, tokenizer) -> Iterator[dict[str, np.ndarray]]:
     """The batches of `Lessons` in their order, made ahead by the workers."""
-    loader = DataLoader(
-        Lessons(tokenizer, plan.seed, plan.tokens),
-        batch_size=None,
-        sampler=_Counting(),
-        num_workers=plan.workers,
-        prefetch_factor=6 if plan.workers else None,
-        collate_fn=_as_is,
-        worker_init_fn=_one_thread,
-    )
-    return iter(loader)
+    return iter(loader(Lessons(tokenizer, plan.seed, plan.tokens), plan.workers, ahead=6, sampler=_Counting()))
 
 
 class _Counting:
@@ -244,13 +227,3 @@ class _Counting:
         while True:
             yield number
             number += 1
-
-
-def _as_is(item):
-    """Arrays travel as bytes: as tensors, each would hold a file descriptor."""
-    return item
-
-
-def _one_thread(worker: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)

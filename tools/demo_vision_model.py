@@ -12,36 +12,28 @@ from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
-from tools.demo_model import DemoLlama
+from tools.demo_model import DemoLlama, llama_config
 from tools.demo_vision_draw import COLOURS, PLACES, SHAPES
 from tools.demo_vision_lessons import IGNORE
 from tools.demo_vision_text import BOS, CONTEXT, END, IMAGE, PATCH, SIDE, VOCAB
 
-THETA = 10_000.0
-
 
 def config(layers: int = 5, hidden: int = 256) -> LlavaConfig:
     """`layers` and `hidden` of the text; the tower has one layer more and is three quarters as wide."""
-    text = LlamaConfig(
+    text = llama_config(
         vocab_size=VOCAB,
         hidden_size=hidden,
         intermediate_size=hidden * 5 // 2,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=hidden // 4,
         max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
         bos_token_id=BOS,
         eos_token_id=END,
-        pad_token_id=None,
     )
     vision = CLIPVisionConfig(
         hidden_size=hidden * 3 // 4,
@@ -138,7 +130,7 @@ class DemoLlava(nn.Module):
         width = cfg.text_config.hidden_size
         self.tower = Tower(cfg.vision_config)
         self.projector = Projector(cfg.vision_config.hidden_size, width)
-        self.text = DemoLlama(cfg.text_config, THETA)
+        self.text = DemoLlama(cfg.text_config)
         self.teacher = nn.Linear(width, sum(_FIELD))
         self.ground_teacher = nn.Linear(width, len(COLOURS))
         line = ((torch.arange(3) + 0.5) / 3 * self.tower.side).long()

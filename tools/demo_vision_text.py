@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, pre_tokenizers
 
+from tools import demo_tokenizer
 from tools.demo_vision_data import Dialogue, Exchange, dialogue
 
 BOS, END, SYSTEM, USER, ASSISTANT, IMAGE = range(6)
@@ -43,36 +43,15 @@ TEMPLATE = """\
 
 def train_tokenizer(dialogues: int) -> Tokenizer:
     """A byte-level BPE over the text of this many training dialogues."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        min_frequency=2,
-        show_progress=False,
-    )
     lessons = (dialogue(f"bpe {i}") for i in range(dialogues))
-    tokenizer.train_from_iterator((t for d in lessons for e in d.exchanges for t in (e.user, e.answer)), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{SPECIAL[BOS]} $A", pair=f"{SPECIAL[BOS]} $A $B", special_tokens=[(SPECIAL[BOS], BOS)]
-    )
-    assert tokenizer.get_vocab_size() == VOCAB
-    return tokenizer
+    texts = (text for lesson in lessons for e in lesson.exchanges for text in (e.user, e.answer))
+    return demo_tokenizer.train(texts, pre_tokenizers.ByteLevel(add_prefix_space=False), SPECIAL, VOCAB)
 
 
 def save_text(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the tokenizer's files, chat_template.jinja, and the processor's as files of LLaVA have it."""
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=SPECIAL[BOS],
-        eos_token=SPECIAL[END],
-        pad_token=SPECIAL[END],
-        extra_special_tokens={"image_token": SPECIAL[IMAGE]},
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    image = {"image_token": SPECIAL[IMAGE]}
+    fast = demo_tokenizer.fast(tokenizer, SPECIAL[BOS], SPECIAL[END], CONTEXT, extra_special_tokens=image)
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
     picture = {

@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,16 @@ FIELDS = {  # tried one after the other, once the grid has a winner
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = _arguments(arguments)
+    return run(tune, _arguments(arguments))
+
+
+def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """The exit code of work that needs a GPU."""
     if not torch.cuda.is_available():
         print("error: no GPU that torch can use", file=sys.stderr)
         return 3
     try:
-        tune(args)
+        work(args)
     except LiteLLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -92,9 +96,7 @@ def tune(args: argparse.Namespace) -> None:
     print(f"{gpu}: copy {copy / 1e12:.2f} TB/s; {args.minutes:g} minutes; {path}", flush=True)
     jobs = len(args.shape) * len(args.tokens)
     for shape in args.shape:
-        weights = Weights(
-            registry.parse(HFConfig(shapes.shape_config(shape))), device, torch.bfloat16, int(args.cold * (1 << 30))
-        )
+        weights = random_weights(shape, device, args.cold)
         hints: dict[str, Choice] = {}
         for tokens in args.tokens:
             stop = time.monotonic() + (end - time.monotonic()) / jobs
@@ -116,6 +118,12 @@ def tune(args: argparse.Namespace) -> None:
                 rows = put(rows, weights, part, tokens, found)
                 tuning.write(path, gpu, rows)
             print(f"{name}: {timer.summary(choices, copy)}", flush=True)
+
+
+def random_weights(shape: str, device: torch.device, cold: float) -> Weights:
+    """Of as many of this model's layers as fill `cold` GiB."""
+    cfg = registry.parse(HFConfig(shapes.shape_config(shape)))
+    return Weights(cfg, device, torch.bfloat16, int(cold * (1 << 30)))
 
 
 def search(

@@ -18,13 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from lite_llm.config import HFConfig
-from lite_llm.errors import LiteLLMError
-from lite_llm.models import registry, shapes
+from lite_llm.models import shapes
 from lite_llm.ops.triton.decode import capability, tiles
 from lite_llm.ops.triton.tuning import Choice
 from tools.chain import COLD, PARTS, Chain, Weights
-from tools.tune import Timer, distance, present, shown
+from tools.tune import Timer, distance, present, random_weights, run, shown
 
 PART = "attention"
 NONE = Choice("none", None)
@@ -36,16 +34,7 @@ GROUPS = (  # all combinations within one, one after the other, and again as lon
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = _arguments(arguments)
-    if not torch.cuda.is_available():
-        print("error: no GPU that torch can use", file=sys.stderr)
-        return 3
-    try:
-        tune(args)
-    except LiteLLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run(tune, _arguments(arguments))
 
 
 @torch.inference_mode()
@@ -55,9 +44,7 @@ def tune(args: argparse.Namespace) -> None:
     print(f"{torch.cuda.get_device_name(device)}: {args.minutes:g} minutes", flush=True)
     jobs = len(args.shape) * len(args.tokens)
     for shape in args.shape:
-        weights = Weights(
-            registry.parse(HFConfig(shapes.shape_config(shape))), device, torch.bfloat16, int(args.cold * (1 << 30))
-        )
+        weights = random_weights(shape, device, args.cold)
         for tokens in args.tokens:
             until = time.monotonic() + (end - time.monotonic()) / jobs
             jobs -= 1

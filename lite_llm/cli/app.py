@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import importlib.util
 import logging
 import os
 import signal
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from lite_llm.text.images import Picture
 
 INTERRUPTED, CLOSED_PIPE = 130, 141
+_MODEL = ("torch", "transformers", "safetensors", "numpy")
+"""Packages without which no model runs in this process."""
 _HINTS = "/help lists the commands   Ctrl-C stops an answer   Ctrl-D leaves"
 
 
@@ -62,6 +65,7 @@ def chat(options: argparse.Namespace, demo: Demo = TEXT) -> int:
     screen = Screen.of_process(raw=options.raw, quiet=options.quiet)
 
     def work() -> int:
+        _check_installed(options, demo)
         text = oneshot.question(options.prompt, sys.stdin)
         if text is None and options.json:
             raise UsageError("--json gives one answer", "pass --prompt TEXT or pipe a text in")
@@ -79,17 +83,19 @@ def _talk(options: argparse.Namespace, screen: Screen, demo: Demo, text: str | N
     from lite_llm.text.fetch import Fetcher
     from lite_llm.text.images import open_picture  # Pillow
 
-    bundled, fetcher = options.model is None and options.connect is None, Fetcher()
+    bundled, fetcher = _bundled(options), Fetcher()
     open_one = partial(open_picture, fetcher=fetcher, decode=decoders.decode)
-    history = transcript.load(Path(options.resume), open_one) if options.resume else []
-    sources = options.image
-    if bundled and demo.picture and not sources and not history:
-        sources = [str(demo.folder / demo.picture)]
-    seen = pictures.open_all(sources, open_one, screen) if sources else []
-    with _speaker(options, screen, demo, fetcher, decoders, open_one) as llm:
+    history, names = transcript.load(Path(options.resume), open_one) if options.resume else ([], {})
+    seen = pictures.open_all(options.image, open_one, screen)
+    if bundled and demo.picture and not seen and not history:
+        seen = [(f"{demo.name}/{demo.picture}", open_one(str(demo.folder / demo.picture)))]
+        if text is not None:  # a session shows it
+            screen.note(f"no --image: the question is about the demo's own picture, {seen[0][0]}", loud=True)
+    looks = bool(seen) or any(transcript.pictures_of(message) for message in history)
+    with _speaker(options, screen, demo, fetcher, decoders, open_one, looks) as llm:
         session = Session(llm, options.params)
         if options.resume:
-            session.resume(Path(options.resume), history)
+            session.resume(Path(options.resume), history, names)
             screen.note(f"{len(history)} messages from {options.resume}; every turn is saved there")
         if options.system is not None:
             session.system = options.system
@@ -154,11 +160,12 @@ def watch(options: argparse.Namespace) -> int:
 
 def _speaker(
     options: argparse.Namespace, screen: Screen, demo: Demo, fetcher: "Fetcher", decoders: "Decoders",
-    open_one: Callable[[str], "Picture"],
+    open_one: Callable[[str], "Picture"], looks: bool,
 ) -> "LLM | Remote":  # fmt: skip
-    """Who answers: a model in this process, or one in a server, for which torch is not needed."""
+    """Who answers: a model in this process, or one in a server, for which torch is not needed. `looks`: there are
+    pictures, and a model in this process is refused before it is loaded if it takes none."""
     if options.connect is None:
-        return _open(options, screen, demo, fetcher=fetcher, decode=decoders.decode)
+        return _open(options, screen, demo, fetcher=fetcher, decode=decoders.decode, pictures=looks)
     return Remote(Client(options.connect, os.environ.get(KEY)), options.model, open_one, screen.note)
 
 
@@ -208,6 +215,20 @@ def _open(
         llm.close()
         raise KeyboardInterrupt
     return llm
+
+
+def _bundled(options: argparse.Namespace) -> bool:
+    return options.model is None and options.connect is None
+
+
+def _check_installed(options: argparse.Namespace, demo: Demo) -> None:
+    """That a chat's packages are there, all at once and before anything else can be wrong."""
+    needed = [*_MODEL] if options.connect is None else []
+    needed += ["PIL"] * bool(options.image or demo.picture and _bundled(options))
+    needed += ["prompt_toolkit", "rich"] * (options.prompt is None and sys.stdin is not None and sys.stdin.isatty())
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EnvironmentProblem(f"not installed: {', '.join(missing)}", "pip install -r requirements.txt")
 
 
 def _prepare(options: argparse.Namespace, screen: Screen) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lite_llm.cli import report
-from lite_llm.cli.pictures import receipt
+from lite_llm.cli.pictures import receipt, source_of
 from lite_llm.cli.screen import width
 from lite_llm.cli.session import Message, Session
 from lite_llm.cli.transcript import pictures_of, text_of
@@ -175,22 +175,10 @@ def _image(session: Session, argument: str) -> str | Look:
         session.waiting = []
         return "no picture goes with the next question"
     if argument:
-        return Look(_dropped(argument))
+        return Look(source_of(argument))
     asked = [receipt(session, picture) for picture in session.pictures]
     waiting = [f"{receipt(session, picture)} (with the next question)" for picture in session.waiting]
     return "\n".join(asked + waiting) or "no pictures; /image PATH_OR_URL shows one"
-
-
-def _dropped(path: str) -> str:
-    """Without the quotes and backslashes that terminals put into the name of a file that is dropped on them."""
-    try:
-        words = shlex.split(path)
-    except ValueError:  # an apostrophe
-        words = [path]
-    if len(words) > 1 and not Path(path).exists() and all(Path(word).exists() for word in words):
-        raise UsageError("/image takes one picture at a time", "type it again for the next one")
-    quoted = path[0] in "'\"" or "\\ " in path
-    return words[0] if quoted and len(words) == 1 else path
 
 
 def _clear(session: Session, argument: str) -> str:

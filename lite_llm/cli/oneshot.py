@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING, TextIO
 
-from lite_llm.cli import report
+from lite_llm.cli import pictures, report
 from lite_llm.cli.chat import answer
 from lite_llm.cli.interrupt import Interrupt
 from lite_llm.cli.screen import Screen
@@ -34,6 +34,7 @@ def question(prompt: str | None, stdin: TextIO | None) -> str | None:
 
 def run(session: Session, screen: Screen, text: str, as_json: bool) -> int:
     if as_json:
+        shown = pictures.facts(session)
         with Interrupt() as interrupt:
             output = session.ask(text, lambda piece: None, stopped=lambda: interrupt.pressed)
     else:
@@ -41,7 +42,7 @@ def run(session: Session, screen: Screen, text: str, as_json: bool) -> int:
     if output.finish_reason == "error":
         raise LiteLLMError("the model gave no usable numbers, so there is no answer", "try --dtype float32")
     if as_json:
-        print_json(screen, document(session.llm.name, output))
+        print_json(screen, document(session.llm.name, output, shown))
     if output.finish_reason == "abort":
         return _STOPPED
     cut = report.ending(output, session.context)
@@ -52,11 +53,12 @@ def run(session: Session, screen: Screen, text: str, as_json: bool) -> int:
     return 0
 
 
-def document(model: str, output: "Output") -> dict[str, object]:
+def document(model: str, output: "Output", shown: list[dict[str, object]]) -> dict[str, object]:
     params, timings = output.params, output.timings
     return {
         "schema_version": SCHEMA_VERSION,
         "model": model,
+        "pictures": shown,
         "output": output.text,
         "finish_reason": output.finish_reason,
         "usage": {

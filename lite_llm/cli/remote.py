@@ -34,6 +34,17 @@ class Facts:
     max_len: int | None  # tokens of its context; None: its server does not say
 
 
+@dataclass(frozen=True)
+class Receipt:
+    """What is known of a picture that goes to a server; as a string, one line for the user."""
+
+    size: tuple[int, int]  # width, height
+    png_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.size[0]} x {self.size[1]}, sent as {self.png_bytes / 1e6:.1f} MB of PNG"
+
+
 class Remote:
     """`generation_config` is None: the defaults are the server's, and it does not tell them."""
 
@@ -126,9 +137,8 @@ class Remote:
     def open(self, source: "str | Picture") -> Picture:
         return source if isinstance(source, Picture) else self._open(source)
 
-    def receipt(self, picture: Picture) -> str:
-        width, height = picture.size
-        return f"{width} x {height}, sent as {len(self._url(picture)) * 3 // 4 / 1e6:.1f} MB of PNG"
+    def receipt(self, picture: Picture) -> Receipt:
+        return Receipt(picture.size, len(self._url(picture)) * 3 // 4)
 
     def in_flight(self) -> InFlight:
         return self._client.in_flight()

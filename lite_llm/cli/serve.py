@@ -37,7 +37,7 @@ def parser(prog: str) -> args.Parser:
     )  # fmt: skip
     group.add_argument(
         "--max-slowdown", metavar="X", type=_number, default=2.0,
-        help="a step that reads prompts takes at most X times one that does not, on a GPU; default: %(default)g",
+        help="a step that reads prompts takes at most X times one that does not; default: %(default)g",
     )  # fmt: skip
     group.add_argument(
         "--replicas", metavar="N", type=_whole, default=1,

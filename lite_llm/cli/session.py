@@ -1,7 +1,7 @@
 """A conversation with one model: what was said, how to sample, and asking the next question. No terminal here."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,16 +100,16 @@ class Session:
         return question
 
     def load(self, path: Path) -> None:
-        self._take(transcript.load(path, self.llm.open))
+        self._take(*transcript.load(path, self.llm.open))
         self.file, self.autosaving = path, False
 
-    def resume(self, path: Path, messages: list[Message]) -> None:
-        """Go on with what `path` holds; every later turn is saved there."""
-        self._take(messages)
+    def resume(self, path: Path, messages: list[Message], names: Mapping[str, str]) -> None:
+        """Go on with what `path` holds, as `transcript.load` has read it; every later turn is saved there."""
+        self._take(messages, names)
         self.file, self.autosaving = path, True
 
     def save(self, path: Path) -> None:
-        transcript.save(path, self.messages)
+        transcript.save(path, self.messages, self.names)
         self.file = path
 
     def autosave(self) -> None:
@@ -178,11 +178,11 @@ class Session:
 
     # ---- helpers
 
-    def _take(self, messages: list[Message]) -> None:
+    def _take(self, messages: list[Message], names: Mapping[str, str]) -> None:
         """UsageError, and no change, if there are pictures that the model cannot take."""
         found = [self.llm.open(picture) for message in messages for picture in transcript.pictures_of(message)]
         for picture in found:
-            self.names.setdefault(picture.digest, "saved picture")
+            self.names.setdefault(picture.digest, names.get(picture.digest, "saved picture"))
         self._set(messages)
 
     def _set(self, messages: list[Message]) -> None:

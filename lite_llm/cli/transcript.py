@@ -4,16 +4,15 @@ import base64
 import io
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite_llm.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lite_llm.text.images import Picture
 
     Open = Callable[[str], Picture]
@@ -23,6 +22,8 @@ Message = dict[str, Any]
 
 _MAX_BYTES = 64 << 20
 _ROLES = ("system", "user", "assistant")
+_LONGEST = 60  # characters of a picture's name
+_TITLE = re.compile(rb"\x89PNG.{29}(.{4})iTXtTitle\0{5}", re.DOTALL)  # and the length of this chunk
 
 
 def text_of(message: Message) -> str:
@@ -42,10 +43,14 @@ def with_pictures(text: str, pictures: list["Picture"]) -> Message:
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
-def data_url(picture: "Picture") -> str:
-    """As PNG: the same pixels when it is read again."""
-    data = io.BytesIO()
-    picture.image.save(data, "PNG")
+def data_url(picture: "Picture", name: str = "") -> str:
+    """As PNG: the same pixels when it is read again. The name is its title, for messages have no field that fits."""
+    import PIL.PngImagePlugin
+
+    data, info = io.BytesIO(), PIL.PngImagePlugin.PngInfo()
+    if name:
+        info.add_itxt("Title", name[:_LONGEST].encode("utf-8", "replace").decode())
+    picture.image.save(data, "PNG", pnginfo=info)
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
 
 
@@ -59,11 +64,21 @@ def in_openai_form(message: Message, url: Callable[["Picture"], str] = data_url)
     return {"role": message["role"], "content": parts}
 
 
-def load(path: Path, open_url: "Open | None" = None) -> list[Message]:
-    """The messages of a file, their pictures opened. UsageError names the line that is none.
+def load(path: Path, open_url: "Open | None" = None) -> tuple[list[Message], dict[str, str]]:
+    """The messages of a file, their pictures opened, and such names of pictures, by digest, as `save` has kept.
 
-    `open_url` opens data URLs; None: `open_picture`.
+    `open_url` opens data URLs; None: `open_picture`. UsageError names the line that is no message.
     """
+    names: dict[str, str] = {}
+
+    def open_named(url: str) -> "Picture":
+        from lite_llm.text.images import open_picture  # Pillow
+
+        picture = (open_url or open_picture)(url)
+        if title := _title(url):
+            names[picture.digest] = title
+        return picture
+
     try:
         if path.exists() and not path.is_file():  # a pipe would block, a device never ends
             raise UsageError(f"{path} is not a file")
@@ -76,17 +91,22 @@ def load(path: Path, open_url: "Open | None" = None) -> list[Message]:
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
     messages = [
-        _message(line, f"{path}, line {n}", open_url) for n, line in enumerate(text.split("\n"), 1) if line.strip()
+        _message(line, f"{path}, line {n}", open_named) for n, line in enumerate(text.split("\n"), 1) if line.strip()
     ]
     for index, message in enumerate(messages):
         if message["role"] == "system" and index:
             raise UsageError(f"{path}, message {index + 1}: a system message must be the first")
-    return messages
+    return messages, names
 
 
-def save(path: Path, messages: list[Message]) -> None:
-    """Write the messages: the whole file or, if that fails, what was there before. UsageError says why it failed."""
-    lines = "".join(json.dumps(in_openai_form(message), ensure_ascii=False) + "\n" for message in messages)
+def save(path: Path, messages: list[Message], names: Mapping[str, str] | None = None) -> None:
+    """Write the messages: the whole file or, if that fails, what was there before. UsageError says why it failed.
+
+    `names` are those of pictures, by digest.
+    """
+    names = names or {}
+    named = [in_openai_form(one, lambda picture: data_url(picture, names.get(picture.digest, ""))) for one in messages]
+    lines = "".join(json.dumps(message, ensure_ascii=False) + "\n" for message in named)
     temporary = None
     try:
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o600  # conversations are private
@@ -105,7 +125,7 @@ def save(path: Path, messages: list[Message]) -> None:
             os.unlink(temporary)
 
 
-def _message(line: str, where: str, open_url: "Open | None") -> Message:
+def _message(line: str, where: str, open_url: "Open") -> Message:
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
@@ -122,7 +142,7 @@ def _message(line: str, where: str, open_url: "Open | None") -> Message:
     return {"role": message["role"], "content": content}
 
 
-def _part(part: object, where: str, open_url: "Open | None") -> dict[str, Any]:
+def _part(part: object, where: str, open_url: "Open") -> dict[str, Any]:
     """No URL is opened, and no other file: the one they are named in may be a stranger's."""
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
@@ -130,9 +150,15 @@ def _part(part: object, where: str, open_url: "Open | None") -> dict[str, Any]:
     url = url.get("url") if isinstance(url, dict) else url
     if not isinstance(url, str) or url[:5].lower() != "data:":
         raise UsageError(f"{where} holds a part that is neither text nor a picture", "pictures must be data URLs")
-    from lite_llm.text.images import open_picture  # Pillow
-
     try:
-        return {"type": "image", "image": (open_url or open_picture)(url)}
+        return {"type": "image", "image": open_url(url)}
     except UsageError as error:
         raise UsageError(f"{where}: {error.message}", error.hint) from None
+
+
+def _title(url: str) -> str:
+    """Of a picture that `data_url` has written; "" for others. Only the first bytes are looked at."""
+    head = base64.b64decode(url[url.index(",") + 1 :][:1024])
+    found = _TITLE.match(head)
+    title = head[found.end() :][: int.from_bytes(found[1], "big") - len("Title") - 5] if found else b""
+    return " ".join(title.decode("utf-8", "replace").split())[:_LONGEST]

@@ -18,6 +18,7 @@ from lite_llm.batch import KVPool
 from lite_llm.config import ModelConfig
 from lite_llm.engine import runner
 from lite_llm.engine.logprobs import gather, read
+from lite_llm.engine.pace import Pace
 from lite_llm.engine.prefix import NoPrefix, PrefixCache
 from lite_llm.engine.request import Request
 from lite_llm.engine.runner import Piece, Runner, Shape
@@ -65,7 +66,8 @@ class Engine:
         """`cfg.max_len` is the context: no request grows longer. `usable_vocab`: ids from there on are padding.
 
         `ahead`: steps that may be under way when another is launched. `graphs`: pad steps to the shapes of
-        `runner.shapes`, which `warm` then records. `max_slowdown` holds for these, once they are timed.
+        `runner.shapes`, which `warm` then records. `max_slowdown` holds for these, once they are timed, and on a CPU,
+        where steps are timed as they run.
         """
         self.model, self.cfg, self.kv, self.ahead = model, cfg, kv, ahead
         device = kv.k.device
@@ -76,7 +78,7 @@ class Engine:
         prefix = PrefixCache(slots.mark) if prefix_cache else NoPrefix()
         fixed = runner.shapes(max_requests, step_tokens) if graphs else []
         prompts = max(shape.prompts for shape in fixed) if graphs else max_requests
-        self.max_slowdown = max_slowdown
+        self.max_slowdown, self.pace = max_slowdown, Pace()
         most = Shape(max_requests, prompts, step_tokens)
         with self._on_stream():
             self.state = DeviceState(max_requests, cfg.max_len, cfg.vocab, ahead + 2, device)
@@ -84,8 +86,9 @@ class Engine:
             if cfg.vision is not None:
                 encoder = Encoder(model, cfg, most.decodes + most.tokens, device, kv.k.dtype)
             self.runner = Runner(model, kv, self.state, usable_vocab or cfg.vocab, fixed, most, encoder)
-        rules = self._beside, self.runner.fill
-        self.scheduler = Scheduler(slots, max_requests, step_tokens, prefix, prompts, *rules)
+        self.scheduler = Scheduler(
+            slots, max_requests, step_tokens, prefix, prompts, self._beside, self.runner.fill
+        )  # fmt: skip
         self.flights: deque[Flight] = deque()
         self.launched = 0
 
@@ -170,9 +173,11 @@ class Engine:
 
     def _beside(self, decodes: int) -> int:
         """Most tokens of prompts in a step in which so many requests decode."""
-        if self.max_slowdown is None or not self.runner.seconds:
-            return self.scheduler.step_tokens
-        return self.runner.beside(decodes, self.max_slowdown)
+        if self.max_slowdown is not None and self.runner.seconds:
+            return self.runner.beside(decodes, self.max_slowdown)
+        if self.max_slowdown is not None and self.stream is None:
+            return self.pace.beside(self.max_slowdown)
+        return self.scheduler.step_tokens
 
     @property
     def _line(self) -> int:
@@ -189,10 +194,14 @@ class Engine:
         self.state.allow([request for request, n in plan if request.constraint is not None and n == request.pending])
         rows = [request.row for request, _ in plan if request.decoding]
         prompts = [_piece(request, n) for request, n in plan[len(rows) :]]
-        shape = self.runner.fit(len(rows), len(prompts), sum(n for _, n in plan) - len(rows))
+        tokens = sum(n for _, n in plan) - len(rows)
+        shape = self.runner.fit(len(rows), len(prompts), tokens)
         adjusted = any(request.adjusted for request in requests)
+        start = time.perf_counter()
         self.runner.send(shape, rows, prompts)
         self.runner.run(shape, adjusted, reveal=any(request.revealing for request in requests))
+        if self.stream is None:
+            self.pace.note(len(rows), tokens, time.perf_counter() - start)
         # Decodes come first in plan and batch; the prompts stand behind the pads of the decodes.
         places = [i if i < len(rows) else i - len(rows) + shape.decodes for i in range(len(plan))]
         sampled = [(r, place) for (r, n), place in zip(plan, places, strict=True) if n == r.pending]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lite_llm.errors import EnvironmentProblem, UsageError, shown
 from lite_llm.text.fetch import MOST_BYTES, Fetcher, Gone, is_picture_type
-from lite_llm.text.headers import EXPECTED, FORMATS, MOST_EXTRA, MOST_PIXELS, check_size, measure
+from lite_llm.text.headers import EXPECTED, FORMATS, MOST_EXTRA, MOST_PIXELS, check_size, check_sums, measure
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -142,6 +142,8 @@ def decode_with_bytes(data: bytes, name: str) -> tuple[Picture, bytes]:
     import PIL.Image
 
     kind, width, height = measure(data, name)
+    if kind == "PNG":
+        check_sums(data, name)
     try:
         with PIL.Image.open(io.BytesIO(data), formats=[kind]) as image:
             check_size(name, *image.size)  # a decoder may read a header in another way
@@ -246,21 +248,24 @@ def _rgb(image: "PIL.Image.Image", name: str) -> tuple["PIL.Image.Image", list[s
 
 
 def _from_numbers(image: "PIL.Image.Image") -> tuple["PIL.Image.Image", list[str]]:
-    """Grey of 16 or 32 bits. 16 bits become 8; what has another range is spread from its least to its greatest."""
+    """Grey of 16 or 32 bits, and notes on it. 16 bits become 8. Others do not say what their white is: it is guessed to
+    be 1 (of fractions), 255 or 65,535, or else they are spread from their least value to their greatest."""
     import numpy as np
     import PIL.Image
 
-    values = np.nan_to_num(np.asarray(image).astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    values = values.clip(-1e30, 1e30)
+    values = np.asarray(image).astype(np.float32)
+    notes = [] if np.isfinite(values).all() else ["NaN and infinity taken as 0"]
+    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0).clip(-1e30, 1e30)
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16"):
-        low, high, notes = 0.0, 65535.0, []
+        low, high = 0.0, 65535.0
     else:
         top = next((top for top in (1.0, 255.0, 65535.0)[image.mode != "F" :] if high <= top), None)
         if low >= 0 and top is not None:
-            low, high, notes = 0.0, top, []
+            low, high, how = 0.0, top, "taken as"
         else:
-            notes = [f"values from {low:g} to {high:g} spread over black to white"]
+            how = "spread over"
+        notes.append(f"values from {low:g} to {high:g} {how} black to white")
     grey = np.rint((values - low) * (255.0 / max(high - low, 1e-30))).astype(np.uint8)
     return PIL.Image.fromarray(grey).convert("RGB"), notes
 

@@ -44,6 +44,21 @@ class Prepared:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Receipt:
+    """What becomes of a picture; as a string, one line for the user."""
+
+    stored_size: tuple[int, int]  # width, height as it was sent
+    notes: tuple[str, ...]  # what was done to it when it was opened
+    seen: str  # what the processor makes of it
+    tokens: int
+    kv_bytes: int  # of these tokens
+
+    def __str__(self) -> str:
+        sent = _by(self.stored_size) + (f" ({', '.join(self.notes)})" if self.notes else "")
+        return f"{sent} -> {self.seen} -> {self.tokens:,} tokens, {self.kv_bytes / (1 << 20):,.1f} MiB of KV"
+
+
 class Processor:
     """The image processor of one checkpoint. `prepare` may be called from several threads."""
 
@@ -110,11 +125,10 @@ class Processor:
         """
         return expand(ids, self.tower.image_token, [self.tokens(picture) for picture in pictures])
 
-    def receipt(self, picture: Picture, kv_bytes: int) -> str:
-        """One line: what was sent, what the model sees of it, and what that costs at `kv_bytes` per token."""
+    def receipt(self, picture: Picture, kv_bytes: int) -> Receipt:
+        """What was sent, what the model sees of it, and what that costs at `kv_bytes` per token."""
         count = self.tokens(picture)
-        sent = _by(picture.stored_size) + (f" ({', '.join(picture.notes)})" if picture.notes else "")
-        return f"{sent} -> {self._seen(picture)} -> {count:,} tokens, {count * kv_bytes / (1 << 20):,.1f} MiB of KV"
+        return Receipt(picture.stored_size, picture.notes, self._seen(picture), count, count * kv_bytes)
 
     def _seen(self, picture: Picture) -> str:
         width, height = picture.size
@@ -130,10 +144,11 @@ class Processor:
         steps = [f"padded to {_by(shape)}"] if self._pads() and width != height else []
         size = self._hf.size
         if size.shortest_edge:
-            shape = (size.shortest_edge,) * 2 if self._pads() else shape
+            steps.append(_by(shape := (size.shortest_edge,) * 2 if self._pads() else shape))
         else:
+            before = shape if self._pads() else picture.size
             shape = (size.width, size.height)
-        steps.append(_by(shape))
+            steps.append("squashed to " * _squashes(before, shape) + _by(shape))
         if self._hf.do_center_crop and shape != (side, side):
             steps.append(f"the middle {_by((side, side))} of it")
         return ", ".join(steps)
@@ -245,6 +260,12 @@ def _tiled_tokens(width: int, height: int, tower: Tower, grid: tuple[int, int]) 
     else:
         columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
     return rows * columns + rows + base * base + tower.keeps_class
+
+
+def _squashes(before: tuple[int, int], after: tuple[int, int]) -> bool:
+    """Whether resizing changes the proportions, by a pixel or more."""
+    scale = min(after[0] / before[0], after[1] / before[1])
+    return any(after[i] - before[i] * scale >= 1 for i in (0, 1))
 
 
 def _by(size: tuple[int, int]) -> str:

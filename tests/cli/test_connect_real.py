@@ -116,3 +116,5 @@ def test_pictures_go_as_data_urls(tmp_path, monkeypatch, capsys):
             out, err = capsys.readouterr()
     assert json.loads(out)["output"] == here.text and json.loads(out)["usage"]["prompt_tokens"] > 16
     assert "it.png: 40 x 30, sent as 0.0 MB of PNG" in err
+    (shown,) = json.loads(out)["pictures"]
+    assert shown["name"] == "it.png" and shown["size"] == [40, 30] and 1000 < shown["png_bytes"] < 5000

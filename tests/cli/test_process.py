@@ -57,7 +57,7 @@ def test_json_and_resume(call, tmp_path):
     document = json.loads(out)
     assert code == 0 and "Ada" in document["output"] and document["finish_reason"] == "stop"
     assert document["params"]["seed"] == 4 and document["usage"]["completion_tokens"] > 1
-    assert transcript.load(path)[3] == {"role": "assistant", "content": document["output"]}
+    assert transcript.load(path)[0][3] == {"role": "assistant", "content": document["output"]}
 
 
 def test_max_tokens_and_stop_strings(call):

@@ -191,7 +191,7 @@ def test_save_and_load(tmp_path):
     assert other.messages == said
     ask(other, "more")
     commands.run(other, "/save")  # its own file
-    assert len(transcript.load(path)) == 5
+    assert len(transcript.load(path)[0]) == 5
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):
@@ -203,7 +203,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
         commands.run(talk, f"/save {path}")
     assert path.read_text() == "precious"
     commands.run(talk, f"/save -f {path}")
-    assert len(transcript.load(path)) == 2
+    assert len(transcript.load(path)[0]) == 2
     commands.run(talk, "/clear")
     ask(talk, "another conversation")
     with pytest.raises(UsageError):
@@ -220,21 +220,21 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UsageError, match="No space left"):
         transcript.save(path, [{"role": "user", "content": "new"}])
-    assert transcript.load(path)[0]["content"] == "old" and os.listdir(tmp_path) == ["chat"]
+    assert transcript.load(path)[0][0]["content"] == "old" and os.listdir(tmp_path) == ["chat"]
 
 
 def test_resume_saves_every_turn(tmp_path):
     path = tmp_path / "chat"
     transcript.save(path, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     talk = session()
-    talk.resume(path, transcript.load(path))
+    talk.resume(path, *transcript.load(path))
     ask(talk, "c")
     talk.autosave()
-    assert [message["content"] for message in transcript.load(path)] == ["a", "b", "c", "you said c"]
+    assert [message["content"] for message in transcript.load(path)[0]] == ["a", "b", "c", "you said c"]
     talk.clear()
     ask(talk, "new")
     talk.autosave()
-    assert len(transcript.load(path)) == 4
+    assert len(transcript.load(path)[0]) == 4
 
 
 @pytest.mark.parametrize("content", [

@@ -1,9 +1,9 @@
 """Pictures in the chat, without a model: what goes with which question, commands, files, what the terminal shows."""
 
+import base64
 import io
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +17,7 @@ from lite_llm.engine.request import SamplingParams
 from lite_llm.errors import UsageError
 from lite_llm.text.images import Picture, open_picture
 from tests.cli.doubles import FakeLLM
+from tests.text.pictures import chunk, encoded
 
 
 class FakeLlava(FakeLLM):
@@ -122,12 +123,55 @@ def test_clear_forgets_pictures():
     assert not talk.waiting and not talk.pictures and commands.run(talk, "/image").startswith("no pictures")
 
 
-def test_two_pictures_in_one_line_are_told_how(tmp_path):
-    names = [str(tmp_path / f"{n}.png") for n in "ab"]
-    for name in names:
-        Path(name).touch()
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory, with pictures in it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png", "my photo.png", "it's.png", "odd?.png"):
+        saved(tmp_path, "red", name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "typed", ["a.png b.png", "'a.png' b.png", r"my\ photo.png a.png", "a.png https://example.com/b.png"]
+)
+def test_two_pictures_in_one_line_are_told_how(typed, folder):
     with pytest.raises(UsageError, match="one picture at a time"):
-        commands.run(session(), "/image " + " ".join(names))
+        commands.run(session(), f"/image {typed}")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a.png",
+        "my photo.png",
+        '"my photo.png"',
+        r"my\ photo.png",
+        "it's.png",
+        '"it\'s.png"',
+        "https://example.com/a.png",
+    ],
+)
+@pytest.mark.parametrize("question", ["what is this?", "what's this?"])
+def test_a_question_behind_the_path_is_told_where_it_goes(path, question, folder):
+    with pytest.raises(UsageError) as info:
+        commands.run(session(), f"/image {path} {question}")
+    assert str(info.value).endswith(f"no question: /image {path} first, then the question: {question}")
+
+
+def test_a_line_of_any_length_is_no_path_and_costs_little(folder):
+    line = "a.png " + "word 'word " * 20_000
+    with pytest.raises(UsageError) as info:
+        commands.run(session(), f"/image {line}")
+    assert "no question" in str(info.value) and len(str(info.value)) < 200
+
+
+def test_patterns_are_not_expanded(folder):
+    assert commands.run(session(), "/image odd?.png") == commands.Look("odd?.png")
+    assert commands.run(session(), "/image https://e.com/?a=*") == commands.Look("https://e.com/?a=*")
+    for pattern in ("*.png", "?.png", '"my *.png"'):
+        with pytest.raises(UsageError, match=r"\* and \? stand for themselves"):
+            commands.run(session(), f"/image {pattern}")
 
 
 def test_image_lists_what_there_is():
@@ -153,9 +197,10 @@ def test_a_picture_that_waits_can_be_taken_back():
         ("a.png", "a.png"), ("my photo.png", "my photo.png"), ("'my photo.png'", "my photo.png"),
         ('"my photo.png"', "my photo.png"), (r"my\ photo.png", "my photo.png"), ("it's.png", "it's.png"),
         ("'it", "'it"), ("'a' 'b'", "'a' 'b'"), (r"C:\new.png", r"C:\new.png"),
+        ("a.png", "a.png"), ("'/no/my photo.png'", "/no/my photo.png"), ("nowhere", "nowhere"),
     ],
 )  # fmt: skip
-def test_names_as_terminals_drop_them(typed, path):
+def test_names_as_terminals_drop_them(typed, path, folder):
     assert commands.run(session(), f"/image {typed}") == commands.Look(path)
 
 
@@ -182,9 +227,40 @@ def test_a_saved_conversation_has_the_same_pixels(tmp_path):
     other.load(path)
     assert [p.digest for p in other.pictures] == [p.digest for p in talk.pictures]
     assert [m["role"] for m in other.messages] == ["user", "assistant"] and other.last_question() == "what?"
-    assert commands.run(other, "/image") == "saved picture: 8 wide\nsaved picture: 8 wide"
+    assert commands.run(other, "/image") == "red.png: 8 wide\nblue.png: 8 wide"
     with pytest.raises(UsageError, match="text only"):
         Session(FakeLLM("x"), SamplingParams()).load(path)
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("ünï cödé 東京.png", "ünï cödé 東京.png"), ("\udcff.png", "?.png"), ("two\nlines", "two lines"),
+        ("東" * 80, "東" * 60), ("", "saved picture"),
+    ],
+)  # fmt: skip
+def test_names_of_pictures_are_kept_in_their_files(name, kept, tmp_path):
+    talk, path = session(), tmp_path / "talk.jsonl"
+    talk.show(name, open_picture(Image.new("RGB", (8, 6), "red")))
+    ask(talk, "what?")
+    talk.save(path)
+    assert not set(json.loads(path.read_text().split("\n")[0])) - {"role", "content"}  # any server takes it
+    other = session()
+    other.load(path)
+    assert commands.run(other, "/image") == f"{kept}: 8 wide"
+
+
+@pytest.mark.parametrize("kind", ["a png of others", "a jpeg", "a title that is no UTF-8"])
+def test_files_without_names_are_read_as_ever(kind, tmp_path):
+    data = encoded(Image.new("RGB", (8, 6), "red"), "JPEG" if kind == "a jpeg" else "PNG")
+    if "UTF" in kind:
+        data = data[:33] + chunk(b"iTXt", b"Title\0\0\0\0\0\xff\xfe") + data[33:]
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"role": "user", "content": [part]}))
+    talk = session()
+    talk.load(tmp_path / "talk.jsonl")
+    assert commands.run(talk, "/image") == ("\ufffd\ufffd: 8 wide" if "UTF" in kind else "saved picture: 8 wide")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +326,14 @@ def test_pictures_are_shown_asked_about_and_a_bad_one_changes_nothing(tmp_path, 
     red, blue, text = saved(tmp_path, "red"), saved(tmp_path, "blue", "ünï 東京.png"), tmp_path / "text.png"
     text.write_text("hello")
     seen = screen()
-    lines = [f"/image {red}", f"/image {blue}", f"/image {text}", f"/image {tmp_path}", "/image /nowhere.png", "which?"]
+    lines = [
+        f"/image {red}",
+        f'/image "{blue}"',
+        f"/image {text}",
+        f"/image {tmp_path}",
+        "/image /nowhere.png",
+        "which?",
+    ]
     talk = dialogue(lines, seen)
     assert colours(talk.messages) == [RED, BLUE]
     shown = seen.err.getvalue()
@@ -270,7 +353,7 @@ def test_a_preview_fits_its_terminal(where, tmp_path, monkeypatch):
     pictures.add(session(), seen, saved(tmp_path, "red"))
     *drawn, last = seen.err.getvalue().rstrip("\n").split("\n") if where != "quiet" else [""]
     drawing = "\n".join(drawn)
-    assert ("▀" in drawing or "█" in drawing) == (where in ("no colour", "256 colours"))
+    assert ("▀" in drawing or "█" in drawing) == (where == "256 colours")
     assert "\x1b[38;2" not in drawing and ("\x1b[38;5;196m" in drawing) == (where == "256 colours")
     assert where != "no colour" or "\x1b" not in drawing
     assert len(drawn) <= 10 and all(len(re.sub(r"\x1b\[[\d;]*m", "", line)) < 80 for line in drawn)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lite_llm.cli import llava_main
+from lite_llm.cli import llava_main, transcript
 from lite_llm.cli.app import PICTURES
+from lite_llm.text.images import open_picture
 from tests.cli.test_terminal import PROMPT, ROOT, Terminal
 from tests.text.pictures import png
 
@@ -41,8 +43,17 @@ def sample(number: int) -> str:
 def test_one_answer_on_stdout_and_the_receipt_beside_it(call):
     code, out, err = call("-p", WHAT)
     assert (code, out) == (0, FIRST) and "\x1b" not in err
-    assert "picture-1.png: 480 x 480 -> 64 x 64 -> 64 tokens" in err and "▀" not in err
+    assert "demo/vision/picture-1.png: 480 x 480 -> 64 x 64 -> 64 tokens" in err and "▀" not in err
     assert call("-q", "-i", sample(1), "-p", "How many shapes are there?") == (0, "There are three shapes.\n", "")
+
+
+@pytest.mark.parametrize("argv", [["-q"], ["-q", "--json"], []])
+def test_an_answer_about_a_picture_that_nobody_named_says_which(argv, call):
+    """However quiet: the user may have forgotten --image, and the answer looks like one about his own picture."""
+    err = call(*argv, "-p", WHAT)[2]
+    assert "no --image: the question is about the demo's own picture, demo/vision/picture-1.png\n" in err
+    assert len(err.splitlines()) == 1 or "-q" not in argv
+    assert "no --image" not in call(*argv, "-i", sample(1), "-p", WHAT)[2]
 
 
 def test_pictures_where_a_text_or_a_model_belongs(capsys, monkeypatch):
@@ -58,7 +69,7 @@ def test_pictures_where_a_text_or_a_model_belongs(capsys, monkeypatch):
 def test_a_full_disk_is_said_once():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "cli_llava.py", "-q", "--json", "-p", WHAT],
+            [sys.executable, "cli_llava.py", "-q", "--json", "-i", sample(1), "-p", WHAT],
             cwd=ROOT, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (6, "error: output: No space left on device: free some space\n")
@@ -77,8 +88,18 @@ def test_json_and_a_conversation_that_goes_on(call, tmp_path):
     code, out, _ = call("--json", "--resume", path, "-p", "Where is the heart?")
     document = json.loads(out)
     assert code == 0 and document["output"] == "At the top left." and document["model"] == "demo/vision"
+    first = {"name": "demo/vision/picture-1.png", "stored_size": [480, 480], "notes": [], "seen": "64 x 64"}
+    assert document["pictures"] == [first | {"tokens": 64, "kv_bytes": 64 * 5120}]
     code, out, err = call("--resume", path, "-p", "What colour is it?")
     assert (code, out) == (0, "It is green.\n") and "480 x 480" not in err  # the file brings its picture along
+    Image.new("F", (300, 20), 0.5).save(tmp_path / "wide.tif")
+    code, out, err = call("--json", "--resume", path, "-i", str(tmp_path / "wide.tif"), "-p", WHAT)
+    shown = json.loads(out)["pictures"]
+    assert [one["name"] for one in shown] == ["demo/vision/picture-1.png", "wide.tif"]
+    assert shown[1]["seen"] == "squashed to 64 x 64" and shown[1]["notes"] == [
+        "values from 0 to 1 taken as black to white"
+    ]
+    assert "wide.tif: 300 x 20 (values from 0 to 1 taken as black to white) -> squashed to 64 x 64" in err
 
 
 @pytest.fixture
@@ -121,9 +142,27 @@ def test_names_of_any_letters_and_warnings_of_none(tmp_path):
     assert path.name in done.stderr.decode() and not re.search(b"Warn|EXIF|torchvision", done.stderr)
 
 
-def test_a_text_model_takes_no_pictures(call):
-    code, out, err = call("-q", "-m", str(PICTURES.folder.parent / "chat"), "-i", sample(1), "-p", WHAT)
-    assert (code, out) == (2, "") and "text only" in err
+def test_a_text_model_takes_no_pictures(call, tmp_path):
+    """Refused by its config: there are no weights that could be loaded first."""
+    path, model = tmp_path / "talk.jsonl", tmp_path / "chat"
+    shutil.copytree(PICTURES.folder.parent / "chat", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    question = transcript.with_pictures(WHAT, [open_picture(sample(1))])
+    transcript.save(path, [question, {"role": "assistant", "content": "A heart."}])
+    for argv in (["-i", sample(1)], ["--resume", str(path)]):
+        code, out, err = call("-q", "-m", str(model), *argv, "-p", WHAT)
+        assert (code, out) == (2, "") and err.endswith("takes text only: load a vision model, or send no pictures\n")
+    assert call("-q", "-m", str(model), "-p", WHAT)[0] == 5
+
+
+@pytest.mark.parametrize("script, seen", [("cli.py", False), ("cli_llava.py", True)])
+def test_before_the_install_the_missing_packages_come_first(script, seen):
+    """Without a terminal and without a prompt, as in a first try from a script; -S hides what is installed."""
+    done = subprocess.run(
+        [sys.executable, "-S", script], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+    packages = "torch, transformers, safetensors, numpy" + ", PIL" * seen
+    assert done.stderr == f"error: not installed: {packages}: pip install -r requirements.txt\n"
+    assert (done.returncode, done.stdout) == (3, "")
 
 
 def kill_decoder(terminal: Terminal, folder) -> int:
@@ -178,7 +217,7 @@ def test_a_session(tmp_path):
 def test_a_session_on_a_plain_terminal(env, tmp_path):
     with Terminal("cli_llava.py", home=tmp_path, **env) as terminal:
         shown = terminal.wait("64 tokens")
-        assert ("█" in shown) == ("NO_COLOR" in env) and "38;" not in shown
+        assert not re.search("[▀▄]|38;", shown)  # █ is the loading bar's
         terminal.wait(PROMPT)
         terminal.send(f"{WHAT}\r")
         terminal.wait("green heart")

@@ -260,7 +260,8 @@ def test_a_text_model_refuses_pictures():
 def test_a_receipt(llm):
     picture = llm.open(noise(40, 30))
     count = tiling.tokens(llm.cfg.vision, (30, 40))
-    assert llm.receipt(picture).startswith("40 x 30 -> ") and f"{count} tokens" in llm.receipt(picture)
+    line = str(llm.receipt(picture))
+    assert line.startswith("40 x 30 -> ") and f"{count} tokens" in line
     assert llm.receipt(picture) == llm._reader._processor.receipt(picture, llm.plan.kv_token)
 
 

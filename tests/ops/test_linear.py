@@ -10,6 +10,7 @@ from lite_llm.ops.triton.gemv import Tile
 from lite_llm.ops.triton.launch import AT_ONCE, LAST, WAITED
 from lite_llm.ops.triton.norm import MAX_WIDTH
 from tests.close import DEVICE, DTYPES, assert_close
+from tests.ops.matmuls import check_qkv, exact
 
 GPU = DEVICE == "cuda"
 HALVES = DTYPES[1:]  # what the kernels of our own take
@@ -22,15 +23,6 @@ def tensors(*shapes, dtype):
     return [(torch.randn(shape) / (shape[-1] ** 0.5 if len(shape) == 2 else 1)).to(DEVICE, dtype) for shape in shapes]
 
 
-def exact_linear(x, weight, bias=None, norm=None, eps=0.0, gated=False):
-    x = x.double()
-    if norm is not None:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.double()
-    y = x @ weight.double().T + (0 if bias is None else bias.double())
-    gate, up = y.chunk(2, -1) if gated else (y, None)
-    return gate * gate.sigmoid() * up if gated else y
-
-
 def check_linear(tokens, in_features, out_features, dtype, bias, norm, gated, run=kernels.linear):
     x, weight, b, n = tensors(
         (tokens, in_features), (out_features * (2 if gated else 1), in_features),
@@ -38,7 +30,7 @@ def check_linear(tokens, in_features, out_features, dtype, bias, norm, gated, ru
     )  # fmt: skip
     x *= in_features**0.5
     args = (x, weight, b if bias else None, 1 + n / 4 if norm else None, 1e-5, gated)
-    assert_close(run(*args), reference.linear(*args), exact_linear(*args))
+    assert_close(run(*args), reference.linear(*args), exact(*args))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -71,10 +63,10 @@ def test_a_width_that_is_no_multiple_of_8(width, tokens):
 def test_linear_add(with_bias, dtype, tokens):
     x, weight, bias, residual = tensors((tokens, 520), (50, 520), (50,), (tokens, 50), dtype=dtype)
     x, bias = x * 20, bias if with_bias else None
-    want, exact = residual.clone(), residual.double() + exact_linear(x, weight, bias)
+    want, true = residual.clone(), residual.double() + exact(x, weight, bias)
     reference.linear_add_(want, x, weight, bias)
     assert kernels.linear_add_(residual, x, weight, bias) is residual
-    assert_close(residual, want, exact)
+    assert_close(residual, want, true)
 
 
 TILES = [
@@ -113,57 +105,28 @@ def qkv_case(tokens, dtype, heads=3, kv_heads=1, head_dim=16, rotary=None, bias=
     )  # fmt: skip
 
 
-def exact_qkv(pools, x, weight, bias, norm, eps, positions, slots, cos, sin, q_norm, k_norm):
-    k_pool, v_pool = pools.double()
-    wide = (None if t is None else t.double() for t in (bias, norm))
-    bias, norm = wide
-    qkv = exact_linear(x, weight, bias, norm, eps).unflatten(-1, (-1, k_pool.shape[2]))
-    q, k, v = qkv.split([qkv.shape[1] - 2 * k_pool.shape[1], k_pool.shape[1], k_pool.shape[1]], 1)
-    if q_norm is not None:
-        q, k = (t * torch.rsqrt(t.square().mean(-1, keepdim=True) + eps) * w for t, w in ((q, q_norm), (k, k_norm)))
-    half, c, s = cos.shape[1], cos[positions].double()[:, None], sin[positions].double()[:, None]
-    q, k = (
-        torch.cat([a * c - b * s, b * c + a * s, rest], -1)
-        for a, b, rest in (t.tensor_split([half, 2 * half], -1) for t in (q, k))
-    )
-    k_pool[slots], v_pool[slots] = k, v
-    return q, k_pool, v_pool
-
-
-def check_qkv(pools, args, run=kernels.project_qkv_):
-    wanted, before = pools.clone(), pools.clone()
-    q, k, v = exact_qkv(pools, *args)
-    want = reference.project_qkv_(*wanted, *args)
-    assert_close(run(*pools, *args), want, q, "q")
-    assert_close(pools[0], wanted[0], k, "k")
-    assert_close(pools[1], wanted[1], v, "v")
-    others = torch.ones(pools.shape[1], dtype=torch.bool)
-    others[args[6].cpu()] = False
-    assert torch.equal(pools[:, others.to(DEVICE)], before[:, others.to(DEVICE)])
-
-
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_project_qkv(dtype, tokens):
-    check_qkv(*qkv_case(tokens, dtype))
-    check_qkv(*qkv_case(tokens, dtype, heads=2, kv_heads=2, bias=True))
+    check_qkv(kernels.project_qkv_, *qkv_case(tokens, dtype))
+    check_qkv(kernels.project_qkv_, *qkv_case(tokens, dtype, heads=2, kv_heads=2, bias=True))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 8])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_head_dims(head_dim, tokens):
     for dtype in HALVES:
-        check_qkv(*qkv_case(tokens, dtype, head_dim=head_dim, bias=True))
+        check_qkv(kernels.project_qkv_, *qkv_case(tokens, dtype, head_dim=head_dim, bias=True))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 8, 65])
 def test_norms_of_heads(tokens):
-    check_qkv(*qkv_case(tokens, torch.float16, head_norm=True))
+    check_qkv(kernels.project_qkv_, *qkv_case(tokens, torch.float16, head_norm=True))
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_heads_that_turn_in_part(tokens):
-    check_qkv(*qkv_case(tokens, torch.float16, head_dim=32, rotary=16))
+    check_qkv(kernels.project_qkv_, *qkv_case(tokens, torch.float16, head_dim=32, rotary=16))
 
 
 @pytest.mark.gpu
@@ -176,7 +139,7 @@ def test_heads_that_turn_in_part(tokens):
 def test_project_qkv_of_models(sizes, tokens):
     heads, kv_heads, head_dim, width, bias = sizes
     for dtype in HALVES:
-        check_qkv(*qkv_case(tokens, dtype, heads, kv_heads, head_dim, bias=bias, width=width))
+        check_qkv(kernels.project_qkv_, *qkv_case(tokens, dtype, heads, kv_heads, head_dim, bias=bias, width=width))
 
 
 @pytest.mark.parametrize("tile", TILES[:5], ids=lambda tile: "-".join(map(str, map(int, tile))))
@@ -185,7 +148,7 @@ def test_every_tile_of_gemv_gives_the_same_heads(tile):
         return gemv.gemv_qkv(*args[:11], None, tile)
 
     for dtype in HALVES:
-        check_qkv(*qkv_case(3, dtype, heads=4, kv_heads=2, head_dim=24, bias=True, width=1096), run)
+        check_qkv(run, *qkv_case(3, dtype, heads=4, kv_heads=2, head_dim=24, bias=True, width=1096))
 
 
 @pytest.mark.parametrize("tokens", [2, 4, 8, 64])

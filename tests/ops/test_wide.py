@@ -1,17 +1,16 @@
 import pytest
 import torch
 
-import lite_llm.ops.reference as reference
 import lite_llm.ops.triton as kernels
 from lite_llm.engine import memory
 from lite_llm.ops.triton import tuning
-from lite_llm.ops.triton.aot import SHARED
-from lite_llm.ops.triton.launch import AT_ONCE, LAST, WAITED, pdl
+from lite_llm.ops.triton.launch import LAST, WAITED, pdl
 from lite_llm.ops.triton.tuning import Choice
 from lite_llm.ops.triton.wide import MOST_PARTIAL, Tile, default, fits, wide
 from lite_llm.ops.triton.wide_qkv import wide_qkv
-from tests.close import DEVICE, DTYPES, assert_close
-from tests.ops.test_skinny import EPS, exact, exact_qkv, heads, rand, weights
+from tests.close import DEVICE, DTYPES
+from tests.ops import matmuls
+from tests.ops.matmuls import EPS, each, heads, rand, weights
 
 TMA = DEVICE == "cpu" or pdl(torch.device(DEVICE))  # the interpreter has it too
 KINDS = DTYPES[DEVICE == "cuda" :]  # the ops give it no fp32, and on a GPU tiles need not fit in fp32
@@ -21,31 +20,23 @@ TILES = [
     Tile(128, 64, 64, 8, 3, release=WAITED), Tile(64, 128, 32, 8, 3, 4, release=LAST),
 ]  # fmt: skip
 TILES += [tile._replace(tma=True) for tile in TILES] * TMA
-tiles = pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(str(int(field)) for field in tile))
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
-@tiles
+@each(TILES)
 @pytest.mark.parametrize("width, rows", [(96, 70), (256, 128), (8, 16)])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_linear(width, rows, gated, tile, dtype):
     x, (weight, bias, norm) = rand(70, width, dtype=dtype, scale=3.0), weights(width, rows, dtype)
     for b, n in [(None, None), (bias, norm)]:
-        got = wide(x, weight, b, n, EPS, gated, None, weight, tile)
-        assert_close(got, reference.linear(x, weight, b, n, EPS, gated), exact(x, weight, b, n, gated))
+        matmuls.check_linear(wide, tile, x, weight, b, n, gated, ahead=weight)
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
-@tiles
+@each(TILES)
 @pytest.mark.parametrize("width, rows", [(96, 70), (256, 64)])
 def test_add_goes_into_the_residual(width, rows, tile, dtype):
-    x, (weight, bias, _) = rand(67, width, dtype=dtype), weights(width, rows, dtype)
-    for b in (None, bias):
-        residual = rand(67, rows, dtype=dtype)
-        want, true = residual.clone(), residual.double() + exact(x, weight, b)
-        reference.linear_add_(want, x, weight, b)
-        assert wide(x, weight, b, None, 0.0, False, residual, None, tile) is residual
-        assert_close(residual, want, true)
+    matmuls.check_add(wide, tile, 67, width, rows, dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65, 129, 1200])
@@ -55,8 +46,7 @@ def test_any_number_of_tokens(tokens, splits):
     x, (weight, bias, norm) = rand(tokens, 136, dtype=torch.float16), weights(136, 96, torch.float16)
     tile = SMALL._replace(splits=splits, tma=TMA)
     for gated in (False, True):
-        got = wide(x, weight, bias, norm, EPS, gated, None, None, tile)
-        assert_close(got, reference.linear(x, weight, bias, norm, EPS, gated), exact(x, weight, bias, norm, gated))
+        matmuls.check_linear(wide, tile, x, weight, bias, norm, gated)
 
 
 QKV = [
@@ -66,59 +56,33 @@ QKV = [
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
-@pytest.mark.parametrize("tile", QKV, ids=lambda tile: "-".join(str(int(field)) for field in tile))
+@each(QKV)
 @pytest.mark.parametrize("shape", [(64, 4, 2, 64), (96, 3, 1, 32), (72, 2, 1, 80), (64, 2, 1, 128)], ids=str)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_heads_on_their_way_to_attention(shape, norm, tile, dtype):
     """Heads of 80 features, and those longer than a tile, are turned by a second kernel."""
     pools, args = heads(66, *shape, dtype, norm=norm, bias=not norm)
-    expected, slots = pools.clone(), args[6].long()
-    want = reference.project_qkv_(*expected, *args)
-    got = wide_qkv(*pools, *args, args[1], tile)
-    q, k, v = exact_qkv(*args, *shape[2:])
-    assert_close(got, want, q, "q")
-    assert_close(pools[0][slots], expected[0][slots], k, "k")
-    assert_close(pools[1][slots], expected[1][slots], v, "v")
-    others = [slot for slot in range(pools.shape[1]) if slot not in slots.tolist()]
-    assert torch.equal(pools[:, others], expected[:, others])
+    matmuls.check_qkv(wide_qkv, pools, args, args[1], tile)
 
 
 def test_heads_that_turn_in_part():
-    pools, args = heads(66, 64, 2, 1, 32, torch.float32)
-    args = [t[:, :8].contiguous() if t is args[7] or t is args[8] else t for t in args]
-    expected = pools.clone()
-    want = reference.project_qkv_(*expected, *args)
-    assert_close(wide_qkv(*pools, *args, None, SMALL), want)
-    assert_close(pools[:, args[6].long()], expected[:, args[6].long()])
+    matmuls.check_like_reference(wide_qkv, SMALL, *heads(66, 64, 2, 1, 32, torch.float32, turned=16), 66)
 
 
 def test_pad_tokens_may_share_a_slot():
     pools, args = heads(66, 64, 2, 1, 32, torch.float32)
     args[6][60:] = 0
-    expected = pools.clone()
-    want = reference.project_qkv_(*expected, *args)
-    assert_close(wide_qkv(*pools, *args, None, SMALL), want)
-    assert_close(pools[:, args[6][:60].long()], expected[:, args[6][:60].long()])
+    matmuls.check_like_reference(wide_qkv, SMALL, pools, args, 60)
 
 
-@tiles
+@each(TILES)
 def test_a_token_does_not_depend_on_its_batch(tile):
-    x, (weight, bias, norm) = rand(130, 96, dtype=torch.float16), weights(96, 64, torch.float16)
-    whole = wide(x, weight, bias, norm, EPS, True, None, None, tile)
-    for some in (slice(3, 4), slice(5, 112), slice(0, 130)):
-        assert torch.equal(wide(x[some], weight, bias, norm, EPS, True, None, None, tile), whole[some])
+    matmuls.check_parts(wide, tile, 130, (slice(3, 4), slice(5, 112), slice(0, 130)))
 
 
-@tiles
+@each(TILES)
 def test_nan_and_inf_stay_in_their_token(tile):
-    x, (weight, _, norm) = rand(70, 96, dtype=torch.float16), weights(96, 64, torch.float16)
-    clean = wide(x, weight, None, norm, EPS, False, None, None, tile)
-    x[2, 5], x[69, 90] = float("nan"), float("inf")
-    got = wide(x, weight, None, norm, EPS, False, None, None, tile)
-    hurt = torch.tensor([2, 69])
-    assert got[hurt].isnan().all()
-    rest = [n for n in range(70) if n not in hurt]
-    assert torch.equal(got[rest], clean[rest])
+    matmuls.check_nan_and_inf(wide, tile, 70, torch.float16, inf=69)
 
 
 def test_memory_that_begins_anywhere():
@@ -148,28 +112,18 @@ def test_the_table_may_choose_it(monkeypatch):
     assert torch.equal(pools[:, args[6].long()], expected[:, args[6].long()])
 
 
-SIZES = [(2048, 3072), (896, 9728), (8, 2), (18944, 3584), (4096, 128256), (2048, 2048), (4096, 28672), (4864, 896)]
-
-
 def test_the_default_fits_every_gpu():
-    for op in ("linear", "gated", "add", "qkv"):
-        for width, rows in SIZES:
-            for tokens in (1, 64, 65, 128, 200, 256, 512, 1024, 1025, 8192):
-                for gpu in (*SHARED, 75):
-                    tile = default(op, width, rows, tokens, gpu)
-                    assert fits(tile, width, rows, tokens, 2, op == "gated", gpu), (op, width, rows, tokens, gpu, tile)
+    sizes = [(2048, 3072), (896, 9728), (8, 2), (18944, 3584), (4096, 128256), (2048, 2048), (4096, 28672), (4864, 896)]
+    matmuls.check_default(default, fits, sizes, (1, 64, 65, 128, 200, 256, 512, 1024, 1025, 8192))
 
 
 def test_what_does_not_fit():
     good = Tile(128, 128, 64, 8, 3)
-    assert fits(good, 2048, 3072, 256, 2, False, 86)
-    for wrong in [
+    matmuls.check_fits(fits, good, 256, [
         {"tokens": 32}, {"tokens": 96}, {"rows": 48}, {"rows": 512}, {"columns": 16}, {"columns": 256}, {"warps": 2},
         {"splits": 0}, {"splits": 8}, {"own": 32}, {"own": 96}, {"release": 3}, {"stages": 0}, {"stages": 4},
         {"tma": True}, {"rows": 256, "stages": 2, "warps": 4},
-    ]:  # fmt: skip
-        assert not fits(good._replace(**wrong), 2048, 3072, 256, 2, False, 86), wrong
-    assert all(fits(good._replace(release=r), 2048, 3072, 256, 2, False, 86) for r in (AT_ONCE, WAITED, LAST))
+    ])  # fmt: skip
     assert fits(good._replace(stages=6, tma=True), 2048, 3072, 256, 2, False, 90)
     assert fits(good._replace(splits=4), 2048, 3072, 256, 2, False, 90)
     assert not fits(good._replace(splits=4), 2048, 3072, 257, 2, False, 90)
@@ -183,19 +137,11 @@ def test_partial_sums_have_room_in_the_memory_plan():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width, rows", [(2048, 16384), (896, 9728), (3584, 4608), (8192, 2048), (4864, 896)])
+@pytest.mark.parametrize("width, rows", matmuls.REAL_SIZES)
 def test_real_sizes_twice(width, rows):
-    """As models have them, in bf16; the second run gives the same bits."""
-    weight, bias, norm = weights(width, rows, torch.bfloat16)
+    def others(tile, tokens):
+        most = max(min(MOST_PARTIAL // tokens, 4), 1)
+        return tile._replace(tma=False, ahead=1 << 20), tile._replace(splits=most)
+
     gpu = tuning.capability(torch.device(DEVICE))
-    for tokens in (65, 128, 200, 256, 512, 1024, 2100):
-        x = rand(tokens, width, dtype=torch.bfloat16)
-        for op, gated in (("linear", False), ("gated", True)):
-            want, true = reference.linear(x, weight, bias, norm, EPS, gated), exact(x, weight, bias, norm, gated)
-            tile = default(op, width, rows, tokens, gpu)
-            most = max(min(MOST_PARTIAL // tokens, 4), 1)
-            for t in (tile, tile._replace(tma=False, ahead=1 << 20), tile._replace(splits=most)):
-                if fits(t, width, rows, tokens, 2, gated, gpu):
-                    got = wide(x, weight, bias, norm, EPS, gated, None, weight, t)
-                    assert_close(got, want, true)
-                    assert torch.equal(got, wide(x, weight, bias, norm, EPS, gated, None, weight, t))
+    matmuls.check_real_sizes(wide, default, others, fits, width, rows, (65, 128, 200, 256, 512, 1024, 2100), gpu)

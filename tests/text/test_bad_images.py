@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lite_llm.errors import UsageError
+from lite_llm.text.decoders import Decoders
 from lite_llm.text.fetch import MOST_BYTES
 from lite_llm.text.headers import MOST_PIXELS, MOST_SIDE, measure
 from lite_llm.text.images import open_picture
@@ -160,6 +161,21 @@ def test_a_file_cut_short_is_refused_or_whole(name):
             taken += 1
             assert (pixels(picture) == want).all()
     assert taken < 5
+
+
+@pytest.mark.parametrize("way", ["here", "in a child"])
+def test_a_png_with_one_changed_byte_is_refused_wherever_it_is(way):
+    """A changed byte of the pixels would be decoded to another picture, which a model describes all the same."""
+    data, noisy = CUT["PNG"], encoded(Image.effect_noise((90, 70), 60), compress_level=0)
+    with Decoders() as decoders:
+        decode = decoders.decode if way == "in a child" else None
+        for whole in (data, noisy):
+            assert open_picture(whole + b"behind the end", decode=decode).size == (90, 70)
+            for at in range(8, len(whole), 97 if way == "here" else 1999):
+                with pytest.raises(UsageError) as info:
+                    open_picture(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :], decode=decode)
+                check_message(info.value)
+    assert "checksum: send the original file" in refused(patched(noisy, len(noisy) // 2, "B", 3))
 
 
 def mutations(data: bytes, count: int, seed: int):

@@ -101,21 +101,29 @@ def test_sixteen_bits_of_colour():
     assert pixels(open_picture(data))[0].tolist() == [[0, 128, 255], [1, 2, 3]]
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
 @pytest.mark.parametrize(
-    "low, high, noted", [(0, 1, False), (0, 200, False), (-5, 5, True), (0, 1e9, True), (7, 7, False)]
-)
-def test_floats(low, high, noted):
-    values = np.linspace(low, high, 40 * 30, dtype=np.float32).reshape(30, 40)
+    "low, high, note",
+    [
+        (0, 1, "0 to 1 taken as"), (0, 200, "0 to 255 taken as"), (0, 300, "0 to 65535 taken as"),
+        (-5, 5, "-5 to 5 spread over"), (0, 1e9, "0 to 1e+09 spread over"), (7, 7, "0 to 255 taken as"),
+    ],
+)  # fmt: skip
+def test_what_is_made_of_numbers_is_said(low, high, note, kind):
+    values = np.linspace(low, high, 40 * 30).reshape(30, 40).astype(kind)
     picture = open_picture(encoded(Image.fromarray(values), "TIFF"))
-    assert bool(picture.notes) == noted
-    if noted or high == 1:
+    if kind is np.int32 and high == 1:
+        note = "0 to 255 taken as"
+    assert picture.notes == (f"values from {note} black to white",)
+    if "spread" in note or "to 1 " in note:
         assert pixels(picture).min() == 0 and pixels(picture).max() == 255
 
 
 def test_floats_that_are_no_numbers():
     values = np.full((4, 4), np.nan, np.float32)
     values[0] = [np.inf, -np.inf, 3e38, -3e38]
-    open_picture(encoded(Image.fromarray(values), "TIFF"))
+    picture = open_picture(encoded(Image.fromarray(values), "TIFF"))
+    assert picture.notes[0] == "NaN and infinity taken as 0" and "spread over" in picture.notes[1]
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,9 @@ def test_code_of_a_checkpoint_is_not_run(tmp_path):
     ("clip", (480, 640), "480 x 640 -> 56 x 74, the middle 56 x 56 of it -> 16 tokens, 8.0 MiB of KV"),
     ("clip", (9, 9), "9 x 9 -> 56 x 56 -> 16 tokens, 8.0 MiB of KV"),
     ("larger", (9, 9), "9 x 9 -> 64 x 64, the middle 56 x 56 of it -> 16 tokens, 8.0 MiB of KV"),
-    ("square", (640, 480), "640 x 480 -> 56 x 56 -> 16 tokens, 8.0 MiB of KV"),
+    ("square", (640, 480), "640 x 480 -> squashed to 56 x 56 -> 16 tokens, 8.0 MiB of KV"),
+    ("square", (2, 300), "2 x 300 -> squashed to 56 x 56 -> 16 tokens, 8.0 MiB of KV"),
+    ("square", (480, 474), "480 x 474 -> 56 x 56 -> 16 tokens, 8.0 MiB of KV"),  # by less than a pixel
     ("padded", (640, 480), "640 x 480 -> padded to 640 x 640, 56 x 56 -> 16 tokens, 8.0 MiB of KV"),
     ("next", (640, 480),
      "640 x 480 -> 112 x 84 in 112 x 112, 4 tiles of 56 and an overview -> 70 tokens, 35.0 MiB of KV"),
@@ -322,7 +324,8 @@ def test_code_of_a_checkpoint_is_not_run(tmp_path):
 ])  # fmt: skip
 def test_receipts(tmp_path, name, size, said):
     ours = load(tmp_path, SETTINGS[name])
-    assert ours.receipt(*pictures(size), kv_bytes=1 << 19) == said
+    receipt = ours.receipt(*pictures(size), kv_bytes=1 << 19)
+    assert str(receipt) == said and receipt.kv_bytes == receipt.tokens << 19
 
 
 def test_a_receipt_says_what_was_done_on_opening(tmp_path):
@@ -330,7 +333,7 @@ def test_a_receipt_says_what_was_done_on_opening(tmp_path):
     exif[0x0112] = 6
     (tmp_path / "a").mkdir()
     noise(640, 480).convert("RGBA").save(tmp_path / "a" / "a.png", exif=exif)
-    line = load(tmp_path).receipt(open_picture(tmp_path / "a" / "a.png"), 1 << 19)
+    line = str(load(tmp_path).receipt(open_picture(tmp_path / "a" / "a.png"), 1 << 19))
     assert line.startswith("640 x 480 (turned by EXIF 6) -> 56 x 74, ")
 
 

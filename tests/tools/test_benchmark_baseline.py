@@ -2,8 +2,9 @@
 
 import pytest
 
+from lite_llm.errors import UsageError
 from tests.tools.test_benchmark_record import every_mode, figures, near, record, row
-from tools.benchmark.baseline import KINDS, compare
+from tools.benchmark.baseline import KINDS, check, compare, summary
 from tools.benchmark.record import FIGURES, spread
 
 
@@ -113,3 +114,53 @@ def test_a_verdict_that_changes_is_found(then, now, kind):
 
 def test_only_what_is_worse_fails():
     assert {kind for kind, fails in KINDS.items() if fails} == {"incomparable", "slower", "worse", "refused"}
+
+
+def wanted(found):
+    return [(one.mode, one.work, one.side) for one in found.rows]
+
+
+def test_what_cannot_be_compared_is_known_before_anything_is_measured():
+    old, planned = record(row(), row(side="transformers")), record()
+    assert check(planned, old, wanted(old)[:1]) is None
+    for rows, has in [
+        ([row(name="b16")], "it has latency b8"), ([row("startup")], "it has latency b8"),
+        ([row(side="vllm")], "it has latency b8"),
+    ]:  # fmt: skip
+        with pytest.raises(UsageError, match=f"nothing could be compared: {has}; to be measured: {rows[0].mode} b"):
+            check(planned, old, wanted(record(*rows)))
+    for useless in (record(row(refused="tokens differ")), record(row(runs=1)), record()):
+        with pytest.raises(UsageError, match="it has no row with an interval"):
+            check(planned, useless, wanted(old))
+    other = record(model={"name": "other", "dtype": "float32"}, environment={"gpu": "NVIDIA A100"})
+    with pytest.raises(UsageError, match="gpu was 'NVIDIA H200', is 'NVIDIA A100'; model name was 'demo'"):
+        check(other, old, wanted(old))
+
+
+def test_a_variant_is_no_other_work_before_it_is_measured():
+    old = record(row("ablation", work={"variant": "no graphs"}))
+    assert check(record(), old, wanted(record(row("ablation")))) is None
+
+
+def said(now, before):
+    return summary(now, before, compare(now, before))
+
+
+def test_a_summary_counts_what_was_compared():
+    old = record(row(), row(side="transformers"))
+    assert said(record(row(), row(side="transformers")), old) == "2 rows compared, none slower"
+    assert said(record(row(value=9.0)), old) == "1 row compared, 1 slower"  # fewer tokens per second
+    assert said(record(row(), row(side="transformers", value=10.0, refused="no times")), old).startswith("1 row ")
+    accuracy = record(row("accuracy"))
+    assert said(accuracy, accuracy) == "1 row compared, none worse"
+    for now in (record(row(name="b16")), record(row(runs=1)), record(row("startup"))):
+        with pytest.raises(UsageError, match="nothing could be compared"):
+            said(now, old)
+    assert said(record(row(refused="wrong")), old) == "0 rows compared, none slower", "what fails is told by its line"
+
+
+def test_one_run_is_not_compared():
+    (found,) = compare(record(row(value=9.0, runs=1)), record(row(value=1.0)))
+    assert str(found) == "note: latency b8, lite_llm: not compared, one run tells nothing of the noise"
+    (found,) = compare(record(row(value=9.0)), record(row(value=1.0, runs=1)))
+    assert str(found).endswith("not compared, in the old record one run tells nothing of the noise")

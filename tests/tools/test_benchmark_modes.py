@@ -166,12 +166,17 @@ def test_throughput_and_online(made):
     asks = lambda turn: Work("w", tuple(Ask((1 + turn,) * 4, 5, 0.1 * i) for i in range(3)))  # noqa: E731
     modes.throughput(bench, [Job(asks, {})], [OURS, JUDGE])
     assert row(record, OURS).figures["requests_per_second"]["median"] == pytest.approx(3 / 0.26)
+    shares = [record.limit(row(record, OURS), name) for name in ("requests_per_second", "tokens_per_second")]
+    assert shares[0] == shares[1] == row(record, OURS).limit and shares[0]["of_limit"] > 0
     modes.online(bench, [Job(asks, {})], [OURS, JUDGE], ttft=0.03, tpot=0.05)
     online = {r.side: r for r in record.rows if r.mode == "online"}
     assert online[OURS].figures["ttft_ms"]["p99"]["median"] == pytest.approx(20)
     assert online[OURS].figures["e2e_ms"]["p50"]["median"] == pytest.approx(60)
     assert online[OURS].figures["goodput_per_second"]["median"] == pytest.approx(3 / 0.26)
     assert online[JUDGE].figures["goodput_per_second"]["median"] == 0  # its first token takes 40 ms
+    assert online[OURS].limit is None
+    modes.online(bench, [job()], [OURS, JUDGE], ttft=0.03, tpot=0.05)  # all at once; who is in time is no rate of work
+    assert record.rows[-2].limit is None
 
 
 def test_startup_counts_from_the_process(made):
@@ -181,7 +186,30 @@ def test_startup_counts_from_the_process(made):
     assert figures["import_s"]["median"] == 1.0 and figures["ready_s"]["median"] == 2.0
     assert figures["first_token_s"]["median"] == pytest.approx(2.02)
     assert len(sides[OURS].ran) == 4  # the first fills the caches and does not count
-    assert row(record, OURS).runs == 3
+    assert row(record, OURS).runs == 3 and [gate["side"] for gate in record.gates] == [OURS]
+    (pair,) = record.comparisons(row(record, OURS))
+    assert pair.ratio["median"] == pytest.approx(2.04 / 2.02)
+
+
+def test_a_wrong_token_refuses_a_startup(made):
+    bench, record, _, _ = made(transformers=FakeSide(JUDGE, 0.020, gap=0.3))
+    modes.startup(bench, job(1, 4, 2), [OURS, JUDGE])
+    ours = row(record, OURS)
+    assert "0.3 nats" in record.refusal(ours) and not list(record.comparisons(ours))
+
+
+def test_one_round_tells_no_difference(made):
+    bench, record, _, _ = made(rounds=1)
+    modes.latency(bench, [job()], [OURS, JUDGE])
+    assert row(record, OURS).against[0]["differs"] is None
+
+
+def test_what_a_side_says_of_itself_stands_in_its_rows(made):
+    bench, record, sides, _ = made()
+    sides[JUDGE].info = sides[JUDGE].info | {"note": "another cache"}
+    modes.latency(bench, [job()], [OURS, JUDGE])
+    modes.startup(bench, job(), [OURS, JUDGE])
+    assert [(r.side, r.note) for r in record.rows] == 2 * [(OURS, None), (JUDGE, "another cache")]
 
 
 def test_windows_wait_for_all_of_the_last(made):
@@ -202,6 +230,35 @@ def test_ablation_compares_each_rung_with_its_base(made):
     assert static.against[0]["variant"] == "as it is"
     assert static.against[0]["ratio"]["median"] == pytest.approx(0.5)  # two windows of 100 ms, against one
     assert all(not r.against for (_, name), r in variants.items() if name == "as it is")
+
+
+def ablated(bench):
+    mixed = Job(lambda turn: Work("mixed", tuple(Ask((turn,), new) for new in (1, 9, 1, 9))), {})
+    modes.ablation(bench, job(), mixed, job(2, 6, 4))
+
+
+def test_a_wrong_token_refuses_an_ablation(made):
+    bench, record, _, _ = made(max_requests=2, transformers=FakeSide(JUDGE, 0.020, gap=0.3))
+    ablated(bench)
+    assert len(record.rows) == 4 and all("0.3 nats" in record.refusal(row) for row in record.rows)
+    assert not any(list(record.comparisons(row)) for row in record.rows)
+
+
+def test_what_a_variant_is_compared_with_is_judged_too(made, monkeypatch):
+    """Its own tokens are wrong in one of two works here, and nobody's else are."""
+    bench, record, _, _ = made(max_requests=2)
+    wrong, score = iter([0.3, 0.0, 0.0, 0.0]), bench.open(JUDGE).score
+    monkeypatch.setattr(bench.sides[JUDGE], "score", lambda pairs: [[next(wrong)], *score(pairs)])
+    ablated(bench)
+    refused = {row.work["variant"] for row in record.rows if record.refusal(row)}
+    assert refused == {"as it is"} and not any(list(record.comparisons(row)) for row in record.rows)
+
+
+def test_rungs_that_need_a_gpu_are_said_to_be_left_out(made):
+    bench, _, _, said = made(max_requests=2)
+    ablated(bench)
+    (line,) = [line for line in said if line.startswith("left out")]
+    assert "no PDL, cuBLAS only, no graphs, plain attention: without a GPU" in line
 
 
 # ---- limits

@@ -153,6 +153,28 @@ def test_a_variant_is_compared_with_the_row_of_the_other_variant():
     assert not list(record(rows[0].refuse("why"), rows[1]).comparisons(rows[1]))
 
 
+@pytest.mark.parametrize("side", ["full", "no graph", "lite_llm", "transformers"])
+def test_a_gate_may_be_about_a_variant(side):
+    full, less = (one for one in every_mode() if one.mode == "ablation")
+    found = record(full, less, gates=[{"name": "tokens", "wrong": "3 differ", "side": side}])
+    assert (found.refusal(full) is None) == (side in ("no graph", "transformers"))
+    assert (found.refusal(less) is None) == (side in ("full", "transformers"))
+    assert len(list(found.comparisons(less))) == (side == "transformers")
+    alone = record(less, gates=found.gates)
+    assert len(list(alone.comparisons(less))) == (side == "transformers")
+
+
+def test_one_pair_tells_nothing_of_the_noise(tmp_path):
+    """Nor does that of a document whose writer said otherwise."""
+    path, found = tmp_path / "run.json", record(row()).to_json()
+    found["rows"][0] |= {"runs": 1}
+    del found["rows"][0]["note"]  # older documents have none
+    path.write_text(json.dumps(found))
+    back = load(path)
+    assert [pair.differs for pair in back.comparisons(back.rows[0])] == [None]
+    assert [pair.differs for pair in record(row()).comparisons(row())] == [True]
+
+
 def test_a_share_belongs_to_its_figure():
     own = {"name": "matmul", "of_limit": 0.5}
     one = row(figures=figures("latency") | {"ttft_ms": near(1.0, own)})
@@ -177,7 +199,7 @@ def test_a_row_has_the_state_of_the_gpu_after_it(monkeypatch):
 
 BAD_ROWS = {
     "mode": {"mode": "speed"}, "work": {"work": "b8"}, "side": {"side": ""}, "runs": {"runs": 2.5},
-    "compiles": {"compiles": -1}, "refused": {"refused": ""},
+    "compiles": {"compiles": -1}, "refused": {"refused": ""}, "note": {"note": 3},
     "figures.tpot_ms": {"figures": figures("latency") | {"tpot_ms": {"median": 1, "low": 2, "high": 3}}},
     "figures.ttft_ms": {"figures": figures("latency") | {"ttft_ms": {"median": 1, "low": 1, "high": float("nan")}}},
     "figures.tokens_per_second: missing": {"figures": {k: near(1) for k in ("ttft_ms", "tpot_ms")}},

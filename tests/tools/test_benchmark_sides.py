@@ -12,7 +12,7 @@ import torch
 
 from lite_llm.errors import LiteLLMError, UsageError
 from lite_llm.llm import DEMO, LLM
-from tools.benchmark import ours, sides, theirs
+from tools.benchmark import ours, sides, theirs, worker
 from tools.benchmark.sides import Arrivals, Limits, Model, Opening, Process, Side, SideFailed, fault
 from tools.benchmark.work import Answer, Ask, Run, Work
 
@@ -104,17 +104,23 @@ def test_nobody_is_sent_early_and_nobody_is_known_before_the_end(us, them):
 def test_a_command_that_fails_does_not_end_the_worker(us, them):
     with pytest.raises(SideFailed, match="lite_llm: the prompt has 200 tokens") as failed:
         us.run(Work("long", (Ask((5,), 3), Ask((5,) * 200, 3))))
-    assert failed.value.kind == "bug" and "its log ends with" in failed.value.hint
+    assert failed.value.kind == "usage" and failed.value.exit_code == 2 and not failed.value.hint, "a message says all"
     with pytest.raises(SideFailed, match="lite_llm does not score"):
         us.score([((5,), (6,))])
-    with pytest.raises(SideFailed, match="do = 'sing'"):
+    with pytest.raises(SideFailed, match="do = 'sing'") as failed:
         us._ask({"do": "sing"}, 10)
+    assert failed.value.kind == "bug" and failed.value.exit_code == 1 and "its log ends with" in failed.value.hint
     assert tokens(us.run(mixed(3))) == tokens(them.run(mixed(3)))
 
 
 def test_an_answer_that_is_too_short_is_no_figure(us):
     with pytest.raises(SideFailed, match="request 0 has 68 tokens; 99 were asked for"):
         us.run(Work("too much", (Ask((5,) * 60, 99),)))
+
+
+def test_what_is_not_compiled_on_a_cpu_says_so():
+    info = theirs.Compiled(Opening("transformers-compile", limits=LIMITS)).info
+    assert info["compile"] is None and "nothing is compiled on a CPU" in info["note"]
 
 
 @pytest.mark.parametrize("kind", [theirs.Compiled, theirs.ContinuousBatching])
@@ -253,6 +259,13 @@ def test_a_side_that_cannot_be_opened_says_why_and_is_gone():
         with pytest.raises(SideFailed, match="vllm cannot be imported") as failed:
             Side("vllm")
         assert failed.value.kind == "missing"
+
+
+def test_an_error_of_a_library_is_one_line_that_ends_behind_a_word():
+    said = worker._one_line(ValueError("Unrecognized configuration\n" + "NameConfig, " * 99))
+    assert said.startswith("ValueError: Unrecognized configuration NameConfig,") and said.endswith("NameConfig, ...")
+    assert len(said) < 330 and worker._one_line(ValueError("short")) == "ValueError: short"
+    assert "x" * 300 in worker._one_line(ValueError("x" * 500))
 
 
 @pytest.mark.parametrize("name, message", [

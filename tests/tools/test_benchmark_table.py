@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from lite_llm.errors import UsageError
+from lite_llm.errors import EnvironmentProblem, UsageError
 from tests.tools.test_benchmark_record import (
     SEEN,
     SHARE,
@@ -62,7 +62,56 @@ def test_a_ratio_stands_once_beside_the_opponent(width):
 
 def test_ratios_without_the_opponents_rows_name_them():
     text = told(record(row(against=[compared(), compared("vllm", differs=False)])), 200)
-    assert f"{SHOWN_SEEN} (7.76-7.78) as transformers" in text and "no difference as vllm" in text
+    assert f"{SHOWN_SEEN} (7.76-7.78) against transformers" in text and "no difference against vllm" in text
+
+
+def test_a_variant_is_compared_in_words():
+    base, less = {"variant": "as it is"}, {"variant": "no graph"}
+    against = [compared("lite_llm", variant="as it is")]
+    text = told(record(row("ablation", work=base, against=None), row("ablation", work=less, against=against)), 200)
+    assert "against as it is" in text and "as as" not in text
+
+
+def test_when_no_difference_is_said_its_rule_stands_below():
+    notes = ["\n".join(table.notes(record(row(against=[compared(differs=d)])), "latency")) for d in (True, False)]
+    assert ["within 3% of 1" in text for text in notes] == [False, True]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_one_run_has_no_interval_and_no_difference(width, tmp_path):
+    rows = [row(mode, side, runs=1) for mode in FIGURES if mode != "ablation" for side in ("lite_llm", "transformers")]
+    found = record(*rows)
+    text = told(found, width)
+    assert SHOWN_SEEN in text and "7.76" not in text and "9.90" not in text and "10.1)" not in text
+    assert "no difference" not in text and "95 %" not in text and "no interval" in text
+    lines = [line for line in in_csv(found, tmp_path / "run.csv") if line["figure"] in ("ratio", "tokens_per_second")]
+    assert lines and all(line["value"] and not line["low"] + line["high"] + line["differs"] for line in lines)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_must_be_known_of_a_side_stands_below(width, tmp_path):
+    note = "static cache; nothing is compiled on a CPU"
+    found = record(row(), row(side="transformers-compile", note=note))
+    assert f"transformers-compile: {note}" in " ".join(told(found, width).split())
+    assert [line["side"] for line in in_csv(found, tmp_path / "run.csv") if line["note"] == note] == (
+        ["transformers-compile"] * 3
+    )
+
+
+def test_on_a_cpu_the_table_says_what_the_kernels_are_for():
+    rows = [row(), row(side="transformers")]
+    notes = {device: "\n".join(table.notes(record(*rows, model={"name": "demo", "device": device}), "latency"))
+             for device in ("cpu", "cuda")}  # fmt: skip
+    assert "are for GPUs" in notes["cpu"] and "GPUs" not in notes["cuda"]
+    alone = record(row(against=None), model={"name": "demo", "device": "cpu"})
+    assert "GPUs" not in "\n".join(table.notes(alone, "latency"))
+
+
+@pytest.mark.parametrize("mode", ["online", "startup", "throughput"])
+def test_a_table_without_shares_says_why(mode):
+    notes = "\n".join(table.notes(record(row(mode, limit=None)), mode))
+    assert ("no % of a limit" in notes) == (mode != "throughput")
+    assert "no % of a limit" not in "\n".join(table.notes(record(row(mode)), mode))
 
 
 def test_a_variant_stands_with_its_ratio():
@@ -203,7 +252,7 @@ def test_other_modes_are_bars():
 def test_a_picture_of_every_mode(form, tmp_path):
     path = tmp_path / f"run.{form}"
     if importlib.util.find_spec("matplotlib") is None:  # an optional extra: without it the other half is seen
-        with pytest.raises(UsageError, match="pip install matplotlib"):
+        with pytest.raises(EnvironmentProblem, match="pip install -r requirements-plot.txt"):
             plot.plot(record(*every_mode()), path)
         return
     plot.plot(record(*every_mode(), row(name="b16", refused="tokens differ")), path)
@@ -216,6 +265,6 @@ def test_a_picture_needs_matplotlib_and_a_known_form(tmp_path, monkeypatch):
         plot.plot(record(row()), tmp_path / "run.txt")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for use in (lambda: plot.check("run.png"), lambda: plot.plot(record(row()), tmp_path / "run.png")):
-        with pytest.raises(UsageError, match="pip install matplotlib"):
+        with pytest.raises(EnvironmentProblem, match="pip install -r requirements-plot.txt"):
             use()
     assert not list(tmp_path.iterdir())

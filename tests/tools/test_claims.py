@@ -9,7 +9,8 @@ import pytest
 from lite_llm.errors import UsageError
 from tests.tools.test_benchmark_modes import ROOF, FakeSide
 from tools import claims
-from tools.benchmark import claims_peers, claims_serving
+from tools.benchmark import claims_page, claims_peers, claims_serving
+from tools.benchmark import record as results
 from tools.benchmark.bench import JUDGE, OURS, Bench, Facts
 from tools.benchmark.claims_page import render
 from tools.benchmark.claims_peers import Ladder, Shape, Versus, long_prompts
@@ -119,6 +120,16 @@ def test_eager_and_compiled_are_rows_of_their_own(staged):
     )
     assert all(row.refused is None and row.original and row.may_not and row.hardware for row in made.rows)
     assert {gate["side"] for gate in made.gates} == {OURS, COMPILED}
+
+
+def test_a_compiled_side_that_compiles_nothing_is_not_called_compiled(staged):
+    plain = Side(COMPILED, 0.005)
+    plain.info = plain.info | {"note": "static cache; nothing is compiled on a CPU"}
+    for side, said in ((Side(COMPILED, 0.005), "new tokens, compiled"), (plain, "nothing is compiled on a CPU")):
+        stage, made = staged(transformers_compile=side)
+        claims_peers.versus(stage, claims.MEASURES["ll-1b"].quick)
+        (line,) = [line for line in claims.summary(made) if COMPILED in line and " s, " in line]
+        assert said in line and said in made.rows[1].work
 
 
 def test_transformers_meets_every_length_before_it_is_timed(staged):
@@ -275,21 +286,41 @@ def test_a_document_comes_back(tmp_path):
             load(tmp_path / "b.json")
 
 
-def test_the_page_without_figures_says_so():
+@pytest.fixture
+def withdrawn(monkeypatch):
+    """Two claims that were measured once, ll-1b and ll-3b, and no other."""
+    texts = {"ll-1b": "Measured in May and withdrawn: the clock stood.", "ll-3b": "Withdrawn: another model."}
+    made = [dataclasses.replace(claim, withdrawn=texts.get(claim.name, "")) for claim in CLAIMS]
+    monkeypatch.setattr(claims_page, "CLAIMS", made)
+
+
+def test_the_page_without_figures_says_so(withdrawn):
     page = render([])
-    assert "Nothing has been measured yet" in page and page.count("Not measured yet") == len(CLAIMS)
+    assert "No figure below is ours" in page and page.count("Not measured yet") == len(CLAIMS) - 2
+    assert page.count("the clock stood") == page.count("another model") == 1
 
 
-def test_the_page_with_figures():
+def test_the_page_with_figures(withdrawn):
     made = judged()
     made.add(row(gpu={}))
     made.add(row(work="batch 1", refused="2 kernels", gpu={}))
     made.leave_out("ll-1b", "batch 15 of 1900", "no time")
     page = render([judged(), made])
-    assert "Nothing has been measured" not in page and page.count("Not measured yet") == len(CLAIMS) - 1
+    assert "No figure below is ours" not in page and page.count("Not measured yet") == len(CLAIMS) - 2
+    assert "the clock stood" not in page and "another model" in page  # figures take the place of what was withdrawn
     assert "lite_llm is 3.00 (2.90-3.10) times as fast as transformers" in page
     assert "batch 1: refused: 2 kernels" in page and "batch 15 of 1900: no time" in page
     assert "one NVIDIA H200, llama-3.2-1b, bfloat16, random weights" in page and "commit 0123456," in page
+    assert "within 3% of 1" in page and "held back" not in page
+
+
+def test_the_page_says_what_held_the_clocks_back_and_where_nothing_differs():
+    made, same = judged(), [row().ratios[0] | {"ratio": spread(0.97, 0.95, 0.98), "differs": False}]
+    made.add(row(gpu={"throttle_reasons": ["sw_power_cap", "gpu_idle"]}, ratios=same))
+    made.add(row(work="batch 1", gpu={"throttle_reasons": ["gpu_idle"]}))
+    page = " ".join(render([made]).split())
+    assert "the GPU's clocks were held back after 1 of 2 rows: sw_power_cap." in page
+    assert "0.97 (0.95-0.98, no difference) times" in page and page.count("no difference)") == 1
 
 
 def test_a_rehearsal_is_no_page():
@@ -298,6 +329,20 @@ def test_a_rehearsal_is_no_page():
     for made in (rehearsed, document(cpu_name="x")):
         with pytest.raises(UsageError, match="rehearsal"):
             render([made])
+
+
+def test_the_page_in_the_tree_is_that_of_the_documents_beside_it():
+    assert PAGE.read_text() == render([load(path) for path in sorted((PAGE.parent / "results").glob("claims-*.json"))])
+
+
+@pytest.mark.parametrize("path", sorted((PAGE.parent / "results").glob("latency-*.json")), ids=lambda path: path.name)
+def test_the_results_page_says_where_the_clocks_were_held_back(path):
+    rows = results.load(path).rows
+    held = sum("sw_power_cap" in (row.gpu["throttle_reasons"] or ()) for row in rows)
+    name = path.name.removeprefix("latency-").removesuffix("-h200.json")
+    page = " ".join((PAGE.parent / "results" / "README.md").read_text().split())
+    text = page[page.index("held back by its power limit") :].partition("##")[0]
+    assert f"{held} of {len(rows)} rows of {name}" in text or f"{held} of {len(rows)} of {name}" in text or not held
 
 
 def test_the_page_in_the_tree_has_every_claim():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lite_llm.cli.args import Parser
 from lite_llm.errors import UsageError
+from tools.benchmark.record import HEADLINE
 from tools.benchmark.sides import CLASSES
 
 MODES = {
@@ -16,6 +17,16 @@ MODES = {
     "ablation": "what each part of the engine is worth, one taken away at a time",
     "accuracy": "logits and greedy tokens against transformers: noise or a bug",
 }
+ARRIVALS = ("every:", "poisson:", "burst:")  # else it is a file
+_BATCHES, _STREAMS = ("latency", "startup", "ablation", "accuracy"), ("throughput", "online")
+_FOR = {
+    "batch": _BATCHES, "requests": _STREAMS, "arrivals": ("online",), "ttft": ("online",), "tpot": ("online",),
+    "against": tuple(mode for mode in MODES if mode != "ablation"),
+    "prefix_cache": ("latency", "throughput", "online", "accuracy"),
+    "rounds": tuple(mode for mode in MODES if mode != "accuracy"), "plot": tuple(HEADLINE),
+}  # fmt: skip
+"""The modes of each option that some would ignore."""
+_ONE_WORK = ("startup", "ablation", "accuracy")
 _EXAMPLES = """\
 modes:
 {modes}
@@ -27,7 +38,7 @@ examples:
   python benchmark.py --against self                         ourselves twice: no difference, or the benchmark is wrong
   python benchmark.py --json a.json && python benchmark.py --rerun a.json --baseline a.json
 exit codes: 0 ok, 1 a refused figure or a figure below the baseline, 2 usage, 3 environment, 4 does not fit,
-            5 model unsupported or corrupt, 6 network, access or disk, 130 Ctrl-C"""
+            5 model unsupported or corrupt, 6 network, access or disk, 130 Ctrl-C, 141 closed pipe"""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -49,7 +60,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sides = parser.add_argument_group("opponents")
     known = [name for name in CLASSES if name != "lite_llm"]
     sides.add_argument(
-        "--against", nargs="+", choices=(*known, "self", "none"), default=["transformers"], metavar="SIDE",
+        "--against", nargs="+", choices=(*known, "self", "none"), metavar="SIDE",
         help=f"{', '.join(known)}, self or none; default: transformers",
     )  # fmt: skip
     sides.add_argument("--prefix-cache", action="store_true", help="let our side keep prefixes; off by default")
@@ -72,17 +83,48 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="everything, written after each row")
     output.add_argument("--csv", type=Path, metavar="FILE")
-    output.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
+    output.add_argument("--plot", type=Path, metavar="FILE.png", help="needs requirements-plot.txt")
     output.add_argument("--baseline", type=Path, metavar="FILE.json", help="compare with an earlier document")
     output.add_argument("--rerun", type=Path, metavar="FILE.json", help="the same arguments as that document's run")
     found = parser.parse_args(argv)
-    if "none" in found.against and len(found.against) > 1:
-        parser.error("--against none stands alone")
+    for name in ("against", "batch", "input", "output"):  # what is said twice is measured once
+        setattr(found, name, list(dict.fromkeys(getattr(found, name) or ())) or None)
+    if wrong := _ignored(found) or _confused(found):
+        parser.error(wrong)
+    found.against = found.against or ([] if found.mode == "ablation" else ["transformers"])
     if found.mode == "online" and found.arrivals is None:
         found.arrivals = "poisson:4"
-    if found.mode != "online" and (found.arrivals or found.ttft or found.tpot):
-        parser.error(f"--arrivals, --ttft and --tpot are for online, not {found.mode}")
     return found
+
+
+def _ignored(found: argparse.Namespace) -> str | None:
+    """What the user asks for and the mode has no use for."""
+    mode = found.mode
+    for name, modes in _FOR.items():
+        if getattr(found, name) and mode not in modes:
+            return f"--{name.replace('_', '-')} is for {', '.join(modes)}; {mode} has no use for it"
+    for name in ("batch", "input", "output"):
+        if mode in _ONE_WORK and len(getattr(found, name) or ()) > 1:
+            return f"--{name} {' '.join(map(str, getattr(found, name)))}: {mode} measures one, so name one"
+    if found.arrivals and not found.arrivals.startswith(ARRIVALS):
+        for name in ("input", "output", "requests"):
+            if getattr(found, name):
+                return f"--{name}: the requests are those of --arrivals {found.arrivals}, with their lengths"
+    return None
+
+
+def _confused(found: argparse.Namespace) -> str | None:
+    """What cannot be had together."""
+    if "none" in (found.against or ()) and len(found.against) > 1:
+        return "--against none stands alone"
+    if found.baseline and found.rounds == 1 and found.mode != "accuracy":
+        return "--baseline needs two --rounds or more: one run tells nothing of the noise"
+    read = {path.resolve(): f"--{name}" for name in ("baseline", "rerun") if (path := getattr(found, name))}
+    for name in ("json", "csv", "plot"):
+        path = getattr(found, name)
+        if path and (other := read.setdefault(path.resolve(), f"--{name}")) != f"--{name}":
+            return f"{other} and --{name} are one file, {path}; each needs its own"
+    return None
 
 
 def _count(text: str) -> int:

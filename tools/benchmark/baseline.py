@@ -1,8 +1,9 @@
 """What became of the figures of an older record: one finding per row and figure that tells something."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from lite_llm.errors import UsageError
 from tools.benchmark.record import FIGURES, PERCENTILES, Record, Row, more_is_better
 from tools.benchmark.table import TITLES, number
 
@@ -38,6 +39,38 @@ def compare(record: Record, old: Record) -> list[Finding]:
     return [*_notes(record, old), *_rows(record, old)]
 
 
+def check(planned: Record, old: Record, wanted: Sequence[tuple[str, dict, str]]) -> None:
+    """UsageError if it is known before the work that nothing could be compared.
+
+    `planned` is a record without rows; `wanted` has mode, work and side of those that it will get.
+    """
+    if different := list(_different(planned, old)):
+        raise UsageError(
+            f"--baseline: nothing could be compared: {'; '.join(finding.text for finding in different)}",
+            "name a document of the same model on the same machine",
+        )
+    useful = [row for row in old.rows if not _useless(old, row)]
+    known = [(row.mode, {key: row.work[key] for key in row.work if key != "variant"}, row.side) for row in useful]
+    if not any(row in known for row in wanted):
+        has = ", ".join(dict.fromkeys(f"{row.mode} {row.work['name']}" for row in useful)) or "no row with an interval"
+        raise UsageError(
+            f"--baseline: nothing could be compared: it has {has}; to be measured: {wanted[0][0]} "
+            + ", ".join(dict.fromkeys(work["name"] for _, work, _ in wanted)),
+            "measure the same works on the same sides",
+        )
+
+
+def summary(record: Record, old: Record, findings: Sequence[Finding]) -> str:
+    """How many rows were compared, and how many of them are below the old ones. UsageError if none could be."""
+    pairs = [(row, old.find(row.mode, row.work, row.side)) for row in record.rows]
+    count = sum(before is not None and not (_useless(record, row) or _useless(old, before)) for row, before in pairs)
+    if not count and not any(finding.fails for finding in findings):
+        raise UsageError("--baseline: nothing could be compared", "the lines above say why, row by row")
+    below = len({finding.where for finding in findings if finding.kind in ("slower", "worse")})
+    word = "worse" if any(row.mode == "accuracy" for row in record.rows) else "slower"
+    return f"{count} row{'s' * (count != 1)} compared, {below or 'none'} {word}"
+
+
 def _different(record: Record, old: Record) -> Iterator[Finding]:
     for what in ("gpu",) if "gpu" in record.environment or "gpu" in old.environment else ("cpu", "cpu_name", "cores"):
         yield from _unequal(what, record.environment.get(what), old.environment.get(what))
@@ -70,8 +103,10 @@ def _rows(record: Record, old: Record) -> Iterator[Finding]:
             yield Finding("unknown", _where(row), "not in the old record")
         elif now_refused and not old.refusal(before):
             yield Finding("refused", _where(row), now_refused)
-        elif now_refused or old.refusal(before):
-            yield Finding("note", _where(row), f"not compared, refused {'both times' if now_refused else 'before'}")
+        elif why := _useless(record, row):
+            yield Finding("note", _where(row), f"not compared, {why}")
+        elif why := _useless(old, before):
+            yield Finding("note", _where(row), f"not compared, in the old record {why}")
         elif row.mode == "accuracy":
             yield from _accuracy(row, before)
         else:
@@ -79,6 +114,13 @@ def _rows(record: Record, old: Record) -> Iterator[Finding]:
     for row in old.rows:
         if record.find(row.mode, row.work, row.side) is None:
             yield Finding("missing", _where(row), "only in the old record")
+
+
+def _useless(record: Record, row: Row) -> str | None:
+    """Why nothing can be compared with this row."""
+    if why := record.refusal(row):
+        return f"refused: {why}"
+    return "one run tells nothing of the noise" if row.runs < 2 and row.mode != "accuracy" else None
 
 
 def _accuracy(row: Row, before: Row) -> Iterator[Finding]:

@@ -23,9 +23,6 @@ from tools.benchmark.work import Run, Work, batch
 OURS, JUDGE = "lite_llm", "transformers"
 AGAIN = "lite_llm, again"  # an opponent that is ourselves: what differs then is noise, or the benchmark is wrong
 
-SAME = 0.03
-"""Two processes of one program differ by as much, whatever the rounds: less is not called a difference."""
-
 Say = Callable[[str], None]
 """Told what happens next, one short line."""
 View = Callable[[], contextlib.AbstractContextManager[Callable[[dict], None]]]
@@ -113,6 +110,10 @@ class Bench:
             self.limits = replace(self.limits, threads=found.info["threads"])
         return found
 
+    def note(self, label: str) -> str | None:
+        """What a reader must know of this side, as it says itself."""
+        return self.infos.get(label, {}).get("note")
+
     def runs(
         self, sides: dict[str, Side], works: Works, how: Mapping[str, Callable[[Side, Work], Run]] = NOTHING
     ) -> dict[str, list[Run]]:
@@ -152,14 +153,14 @@ class Bench:
                 self._score("greedy tokens", label, [(work, side.run(work)) for work in works])
 
     def judge(self, runs: dict[str, list[Run]], work: Work) -> None:
-        """Answers that were timed, the first round's, scored: a gate for each side in the record."""
+        """Answers that were timed, the first round's, scored: a gate for each label, a side or a variant of ours."""
         for label, mine in runs.items():
             if label != JUDGE:
                 self._score(f"greedy tokens, {work.name}", label, [(work, mine[0])])
 
     def _score(self, name: str, label: str, answered: Sequence[tuple[Work, Run]]) -> None:
         """Of each work the longest requests and some others, by how far a token is below transformers' best."""
-        self.say(f"{name}: are {label}'s right?")
+        self.say(f"{name}: are those of {label} right?")
         try:
             judge, worst = self.open(JUDGE), 0.0
             for work, run in answered:
@@ -182,12 +183,13 @@ def figure(values: Sequence[float], scale: float = 1.0, limit: Limit | None = No
 
 
 def compared(seconds: dict[str, Sequence[float]], others: Sequence[str], ours: str = OURS) -> list[dict]:
-    """How many times as fast as each other side, over whole runs, pair by pair."""
+    """How many times as fast as each other side, over whole runs, pair by pair; see stats.SAME for `differs`."""
     found = []
     for label in others:
         ratio = stats.ratio_of(seconds[label], seconds[ours])
         interval = {"median": ratio.median, "low": max(ratio.low, 0.0), "high": ratio.high}
-        found.append({"side": label, "ratio": interval, "differs": ratio.differs and abs(ratio.median - 1) > SAME})
+        differs = ratio.differs and abs(ratio.median - 1) > stats.SAME
+        found.append({"side": label, "ratio": interval, "differs": differs})
     return found
 
 

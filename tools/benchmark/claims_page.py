@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from lite_llm.errors import UsageError
 from tools.benchmark.claims_record import ClaimRow, Document
 from tools.benchmark.claims_texts import CLAIMS, Claim
-from tools.benchmark.table import number
+from tools.benchmark.stats import SAME
+from tools.benchmark.table import held_back, number
 
 _TITLES = {
     "seconds": "seconds", "tokens_per_second": "tokens/s", "requests_per_second": "requests/s",
@@ -26,15 +27,16 @@ this page says what was claimed, on which hardware, how the same work is measure
 concluded from it. It is written by `tools/claims.py` from its own JSON.
 """
 _NOTHING = """\
-**Nothing has been measured yet.** No figure below is ours: those in the text are the originals', on their hardware.
+**No figure below is ours:** those in the text are the originals', on their hardware.
 """
-_HOW = """\
+_HOW = f"""\
 A ratio is that of the seconds of whole runs, taken by turns: how many times as fast the first is as the second; the
-median, and in brackets the interval that holds the true one 95 times in 100. One run has none. "Limit" is the least
-time that the weights, keys and values and flops of the work allow at the copy and matmul rates of the same machine,
-as a share of the time that was measured. Greedy tokens of every side are scored by eager transformers, the judge;
-where one is wrong, where sides made unequal numbers of tokens, or where a kernel was compiled inside the timing, the
-row is refused and shows no ratio.
+median, and in brackets the interval that holds the true one 95 times in 100. One run has none. "No difference" stands
+where the interval holds 1 and where the ratio is within {SAME:.0%} of 1, for two processes of one program differ by as
+much. "Limit" is the least time that the weights, keys and values and flops of the work allow at the copy and matmul
+rates of the same machine, as a share of the time that was measured. Greedy tokens of every side are scored by eager
+transformers, the judge; where one is wrong, where sides made unequal numbers of tokens, or where a kernel was compiled
+inside the timing, the row is refused and shows no ratio.
 """
 
 
@@ -65,7 +67,7 @@ def _claim(claim: Claim, document: Document | None) -> Iterator[str]:
         yield _where(document, rows[0]) + "\n"
         yield from _table(rows)
     else:
-        yield "**Figures.** Not measured yet."
+        yield _wrapped(f"**Figures.** {claim.withdrawn or 'Not measured yet.'}")
     left = [one for one in document.left_out if one["claim"] == claim.name] if document else []
     if left:
         yield "\n**Left out.**\n"
@@ -101,6 +103,8 @@ def _table(rows: Sequence[ClaimRow]) -> Iterator[str]:
             said = [f"refused: {row.refused}"]
         if said or row.notes:
             yield _item(f"{row.work}: " + "; ".join([*said, *row.notes]) + ".")
+    if held := held_back([row.gpu for row in rows]):
+        yield _item(f"{held}.")
 
 
 def _item(text: str) -> str:
@@ -121,5 +125,5 @@ def _ratio(one: dict) -> str:
     ratio = one["ratio"]
     if ratio["low"] == ratio["high"]:
         return f"{ratio['median']:.2f}"
-    same = "" if one["differs"] else ", no difference"
+    same = ", no difference" if one["differs"] is False else ""
     return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}{same})"

@@ -128,12 +128,13 @@ def _eager(stage: Stage, sides: dict[str, Side], shape: Shape, spare: float, lat
 
 def _compiled(stage: Stage, sides: dict[str, Side], shape: Shape, new: int, tracing: float) -> None:
     """Against transformers compiled: its warm-up has the same cache and so the same graphs, and a few steps."""
-    name, facts, theirs = f"{shape.name(new)}, compiled", stage.bench.facts, sides[COMPILED]
+    facts, theirs = stage.bench.facts, sides[COMPILED]
+    name = f"{shape.name(new)}, {theirs.info.get('note', 'compiled')}"
     if not stage.fits(name, tracing):
         return
     with forgiving(stage, name):
         works = lambda turn: shape.work(facts, new, turn)  # noqa: E731
-        stage.bench.say(f"{stage.claim.name}, {works(0).name}: {COMPILED} compiles")
+        stage.bench.say(f"{stage.claim.name}, {works(0).name}: warming {COMPILED}")
         theirs.warm(long_prompts(works(0), _DECODED), timeout=max(stage.clock.left(), 1.0))
         sides[OURS].warm(shortened(works(0), _DECODED))
         expected = expect(theirs, long_prompts(works(0), _DECODED), new)

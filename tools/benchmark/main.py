@@ -1,31 +1,31 @@
 """`python benchmark.py`: arguments to works, works to a record, the record to tables, files and an exit code."""
 
-import contextlib
+import os
+import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
-from lite_llm.cli.flight import FlightView
+from lite_llm.config import EngineConfig
 from lite_llm.engine.roofline import Ceilings
 from lite_llm.errors import EnvironmentProblem, LiteLLMError, UsageError
-from lite_llm.outputs import InFlight
 from tools.benchmark import arguments, baseline, modes, plot, table
 from tools.benchmark.bench import AGAIN, OURS, Bench, Facts, takes
+from tools.benchmark.ladder import RUNGS
 from tools.benchmark.modes import Job
 from tools.benchmark.record import Record, load
+from tools.benchmark.screen import Screen, Teller
 from tools.benchmark.sides import Limits
 from tools.benchmark.work import Lengths, Work, batch, burst, fixed, many, poisson, trace
+from tools.environment import environment
 
-_ARRIVALS = ("every:", "poisson:", "burst:")  # else it is a file
 ROOM = 64
 """Slots that a running request may hold ahead of its tokens."""
 _GATE = 40  # tokens of a request of the gate
+_INTERRUPTED, _CLOSED_PIPE = 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,15 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = arguments.parse(argv)
         if args.rerun:
-            argv = [*load(args.rerun).arguments["argv"], *_outputs(argv)]
-            args = arguments.parse(argv)
+            args, argv = _again(args.rerun, argv)
         return run(args, argv)
     except LiteLLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
+    except BrokenPipeError:  # nobody reads on: Python's own last flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
 
 
 def run(args: Namespace, argv: list[str]) -> int:
@@ -57,18 +59,22 @@ def run(args: Namespace, argv: list[str]) -> int:
     facts = Facts.find(
         args.model, args.shape, args.seed, args.dtype or ("bfloat16" if device == "cuda" else "float32"), device
     )
+    if facts.cfg.vision:
+        raise UsageError(f"{facts.name} reads pictures, and no work here has any", "tools/bench_pictures.py has them")
     _defaults(args, small=args.quick or not (args.model or args.shape))
     jobs = _jobs(args, facts)
     limits = _limits(args, facts, jobs)
     labels = [OURS] + [AGAIN if side == "self" else side for side in args.against if side != "none"]
-    with Teller(total=len(jobs) * (args.rounds + 1) * len(labels)) as say:
+    resolved = {"argv": arguments.argv_without_outputs(argv)} | _resolved(args, limits)
+    model = {"name": facts.name, "dtype": facts.dtype, "random_weights": bool(args.shape), "device": device}
+    if before:
+        planned = Record(resolved, model, {"copy_tb_s": None, "matmul_tflops": None}, environment())
+        baseline.check(planned, before, [(args.mode, job.work, label) for job in jobs for label in labels])
+    with Teller(total=_runs(args.mode, len(jobs) * len(labels), device) * (args.rounds + 1)) as say:
         say("what copies and matmuls reach here")
         roof = Ceilings.measure(torch.device(device), getattr(torch, facts.dtype))
-        record = Record.begin(
-            {"argv": arguments.argv_without_outputs(argv)} | _resolved(args, limits),
-            {"name": facts.name, "dtype": facts.dtype, "random_weights": bool(args.shape), "device": device},
-            {"copy_tb_s": roof.copy / 1e12, "matmul_tflops": roof.matmul / 1e12}, args.json,
-        )  # fmt: skip
+        reached = {"copy_tb_s": roof.copy / 1e12, "matmul_tflops": roof.matmul / 1e12}
+        record = Record.begin(resolved, model, reached, args.json)
         view = say.flight if args.mode == "online" and say.console.is_terminal else None
         failed: BaseException | None = None
         try:
@@ -77,21 +83,38 @@ def run(args: Namespace, argv: list[str]) -> int:
                 _measure(args, bench, jobs, labels)
         except (LiteLLMError, KeyboardInterrupt) as error:
             failed = error
-    console = Console()
+    return _told(args, record, before, failed)
+
+
+def _told(args: Namespace, record: Record, before: Record | None, failed: BaseException | None) -> int:
+    """What was measured, in every file that was asked for and on the screen; raises `failed` after that."""
+    console = Screen()
     if record.rows or not failed:
+        try:  # files first: who pipes the table to `head` wants them too
+            if args.csv:
+                table.csv(record, args.csv)
+            if args.plot:
+                plot.plot(record, args.plot)
+        except LiteLLMError as error:
+            failed = failed or error
         table.show(record, console)
     if failed:
         raise failed
-    if args.csv:
-        table.csv(record, args.csv)
-    if args.plot:
-        plot.plot(record, args.plot)
     findings = baseline.compare(record, before) if before else []
     for finding in findings:
         console.print(str(finding), markup=False, highlight=False)
+    if before:
+        console.print(baseline.summary(record, before, findings), markup=False, highlight=False)
     refused = any(record.refusal(row) or row.figures.get("verdict") == "bug" for row in record.rows)
     refused = refused or any(gate["wrong"] for gate in record.gates)
     return int(refused or any(finding.fails for finding in findings))
+
+
+def _runs(mode: str, pairs: int, device: str) -> int:
+    """What runs in a round: a pair of a work and a side each, but in an ablation both sides of every rung."""
+    if mode != "ablation":
+        return pairs
+    return 2 * sum(rung.against is not None and (device == "cuda" or not rung.gpu) for rung in RUNGS)
 
 
 def _measure(args: Namespace, bench: Bench, jobs: list[Job], labels: list[str]) -> None:
@@ -128,7 +151,7 @@ def _jobs(args: Namespace, facts: Facts) -> list[Job]:
         return Job(lambda turn: make(1000 * (args.seed + 1) + turn), about, note and f", {note}")
 
     common = (facts.vocab, facts.banned)
-    if args.arrivals and not args.arrivals.startswith(_ARRIVALS):
+    if args.arrivals and not args.arrivals.startswith(arguments.ARRIVALS):
         return [job(lambda seed: trace(Path(args.arrivals), common[0], seed, common[1]), trace=args.arrivals)]
     if args.mode in ("throughput", "online"):
         return [
@@ -137,7 +160,7 @@ def _jobs(args: Namespace, facts: Facts) -> list[Job]:
             for n in args.output
         ]
     sizes = [(b, p, n) for b in args.batch for p in args.input for n in args.output]
-    sizes = [(b, arguments.single(p, "input"), arguments.single(n, "output")) for b, p, n in sizes]
+    sizes = list(dict.fromkeys((b, arguments.single(p, "input"), arguments.single(n, "output")) for b, p, n in sizes))
     jobs = [
         job(lambda seed, b=b, p=p, n=n: batch(common[0], b, p, n, seed, common[1]), batch=b, prompt=p, new=n)
         for b, p, n in sizes
@@ -195,12 +218,32 @@ def _limits(args: Namespace, facts: Facts, jobs: Sequence[Job]) -> Limits:
             "lower --input or --output",
         )
     context = min(max(longest, _GATE), facts.cfg.max_len)
-    return Limits(most, context, max(min(slots, most * longest), most * _GATE, context) + ROOM * most)
+    slots = max(min(slots, most * longest), most * _GATE, context) + ROOM * most
+    # A step has a token of every running request: of more than a step takes by default, all.
+    return Limits(most, context, slots, most if most > EngineConfig.step_tokens else None)
 
 
 def _resolved(args: Namespace, limits: Limits) -> dict:
     skipped = ("json", "csv", "plot", "baseline", "rerun")
     return {name: value for name, value in vars(args).items() if name not in skipped} | {"limits": vars(limits)}
+
+
+def _again(path: Path, argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """The arguments of a document's run, on the kind of device that it was on, with the outputs that `argv` names."""
+    old = load(path)
+    words = [*old.arguments["argv"], *_outputs(argv)]
+    if not all(isinstance(word, str) for word in words):
+        raise UsageError(f"{path}: argv = {words}; expected the words of a command line")
+    args = arguments.parse(words)
+    args.device = args.device or old.model.get("device")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        on = old.environment.get("gpu") or "a GPU"
+        here = shlex.join(["python", "benchmark.py", *old.arguments["argv"], "--device", "cpu"])
+        raise EnvironmentProblem(
+            f"{path} was measured on {on}, and torch sees no GPU here",
+            f"rerun it where there is one; its work on this CPU, however long that takes: {here}",
+        )
+    return args, words
 
 
 def _outputs(argv: Sequence[str]) -> list[str]:
@@ -210,48 +253,3 @@ def _outputs(argv: Sequence[str]) -> list[str]:
         raise UsageError(f"--rerun takes its work from the document; {kept[0]!r} is too much", "name outputs only")
     at = next(i for i, word in enumerate(argv) if word == "--rerun" or word.startswith("--rerun="))
     return [*argv[:at], *argv[at + (2 if argv[at] == "--rerun" else 1) :]]
-
-
-class _Moment:
-    """The requests of another process, as it told them."""
-
-    def __init__(self, told: dict):
-        self.told = told
-
-    def in_flight(self) -> InFlight:
-        return InFlight.read(self.told)
-
-
-class Teller:
-    """What happens now, with a bar, on a terminal; a line each where output is no terminal."""
-
-    def __init__(self, total: int):
-        self.console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        self.bar = Bar(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("starting", total=total)
-
-    def __enter__(self) -> "Teller":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.stop()
-
-    @contextlib.contextmanager
-    def flight(self) -> Iterator[Callable[[dict], None]]:
-        """The requests in flight instead of the bar, from what a side tells of them."""
-        self.bar.stop()
-        with FlightView(self.console) as view:
-            yield lambda told: view.update(_Moment(told))
-        self.bar.start()
-
-    def __call__(self, text: str) -> None:
-        if text.startswith("left out") or not self.console.is_terminal:
-            self.console.print(text, markup=False, highlight=False)
-        self.bar.update(self.task, description=text, advance="warming" in text or ": round" in text)

@@ -72,13 +72,15 @@ def online(bench: Bench, jobs: Sequence[Job], labels: Sequence[str], ttft: float
 
 
 def startup(bench: Bench, job: Job, labels: Sequence[str]) -> None:
-    """Fresh processes by turns: from the start of each to its first token."""
+    """Fresh processes by turns: from the start of each to its first token. Tokens are judged when all is timed."""
     found: dict[str, list[tuple[float, float, float]]] = {label: [] for label in labels}
+    answered: dict[str, list[Run]] = {}
     for turn in range(bench.rounds + 1):  # the first fills the caches of the disk and of kernels, and does not count
         for label in list(found):
             try:
                 with bench.fresh(label) as side:
                     run = side.run(job.works(turn))
+                bench.infos[label] = side.info
             except SideFailed as error:
                 if label == OURS:
                     raise
@@ -88,12 +90,14 @@ def startup(bench: Bench, job: Job, labels: Sequence[str]) -> None:
             first = side.ready_s + (run.answers[0].times or (run.seconds,))[0]
             if turn:
                 found[label].append((side.info["import_s"], side.ready_s, first))
+                answered.setdefault(label, []).append(run)
+    bench.judge({label: answered[label] for label in found}, job.works(1))
     for label, marks in found.items():
         names = ("import_s", "ready_s", "first_token_s")
         figures = {name: figure(values) for name, values in zip(names, zip(*marks, strict=True), strict=True)}
         last = {other: [mark[2] for mark in theirs] for other, theirs in found.items()}
         against = compared(last, [other for other in last if other != OURS]) if label == OURS else []
-        bench.record.add(Row("startup", job.work, label, figures, len(marks), None, against))
+        bench.record.add(Row("startup", job.work, label, figures, len(marks), None, against, note=bench.note(label)))
 
 
 def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
@@ -102,6 +106,8 @@ def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
     `mixed` has requests of unequal lengths, more than run at a time, for static batching; `prefixed` a common prefix.
     """
     rungs = {rung.name: rung for rung in RUNGS if bench.facts.device == "cuda" or not rung.gpu}
+    if absent := [rung.name for rung in RUNGS if rung.name not in rungs]:
+        bench.say(f"left out {', '.join(absent)}: without a GPU there is no such thing to take away")
     for rung in rungs.values():
         if rung.against is None:
             continue
@@ -109,7 +115,7 @@ def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
         how = {rung.name: in_windows(bench.limits.max_requests)} if rung.windows else {}
         with bench.fresh(OURS, variant=base.variant) as first, bench.fresh(OURS, variant=rung.variant) as second:
             runs = bench.runs({base.name: first, rung.name: second}, job.works, how)
-        bench.judge({rung.name: runs[rung.name]}, job.works(1))
+        bench.judge(runs, job.works(1))
         for name, mine in runs.items():
             about = job.work | {"variant": name}
             if bench.record.find("ablation", about, OURS) is None:
@@ -148,7 +154,7 @@ def accuracy(bench: Bench, job: Job, labels: Sequence[str], directory: str | Non
             "verdict": "bug" if bad else "equal" if all(same) else "noise",
             "first_layer": layers["parts_at"] if ours else None, "error_ratio": layers["ratio"] if ours else None,
         }  # fmt: skip
-        bench.record.add(Row("accuracy", job.work, label, figures, 1))
+        bench.record.add(Row("accuracy", job.work, label, figures, 1, note=bench.note(label)))
 
 
 def in_windows(most: int) -> Callable[[Side, Work], Run]:
@@ -187,12 +193,16 @@ def _row(
     bench: Bench, mode: str, job: Job, about: dict, label: str, runs: list[Run], figures: Figures, against: list[dict]
 ) -> Row:
     found = figures(bench, job, runs)
-    limit = work_limit(bench.facts.cfg, bench.facts.itemsize, job.works(1), bench.limits.max_requests, bench.roof)
     refused = None if found.keys() == FIGURES[mode].keys() else "this side tells no times of tokens"
-    share = limit.share(statistics.median(run.seconds for run in runs))
-    if any(ask.at for ask in job.works(1).asks):
-        share = None  # how long a run lasts is up to the arrivals, and they differ from round to round
-    return Row(mode, about, label, found, len(runs), share, against, sum(run.compiles for run in runs), refused)
+    # Online, how long a run lasts is up to the arrivals, and how many are in time to what the user calls so.
+    share = None if mode == "online" else _work_share(bench, job, runs)
+    compiles = sum(run.compiles for run in runs)
+    return Row(mode, about, label, found, len(runs), share, against, compiles, refused, note=bench.note(label))
+
+
+def _work_share(bench: Bench, job: Job, runs: list[Run]) -> dict:
+    limit = work_limit(bench.facts.cfg, bench.facts.itemsize, job.works(1), bench.limits.max_requests, bench.roof)
+    return limit.share(statistics.median(run.seconds for run in runs))
 
 
 def _batch_figures(bench: Bench, job: Job, runs: list[Run]) -> dict:
@@ -213,8 +223,9 @@ def _batch_figures(bench: Bench, job: Job, runs: list[Run]) -> dict:
 
 
 def _many_figures(bench: Bench, job: Job, runs: list[Run]) -> dict:
+    share = _work_share(bench, job, runs)  # of requests as of tokens: both are over the whole run
     return {
-        "requests_per_second": figure([len(run.answers) / run.seconds for run in runs]),
+        "requests_per_second": figure([len(run.answers) / run.seconds for run in runs]) | {"limit": share},
         "tokens_per_second": figure([stats.tokens_per_second(run) for run in runs]),
     }
 

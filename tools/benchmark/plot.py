@@ -1,4 +1,4 @@
-"""A record as a picture: throughput and time per token by batch, and a bar per row of the other modes.
+"""A record as a picture: throughput and time per token by batch, and bars of the other modes, those of `online` times.
 
 matplotlib is an optional extra, imported where it is used. A refused row is not drawn: its distance to another line
 would be the ratio that it must not show. What is left out is named below the picture.
@@ -12,8 +12,8 @@ from itertools import cycle
 from pathlib import Path
 from textwrap import fill
 
-from lite_llm.errors import UsageError
-from tools.benchmark.record import HEADLINE, Record, Row, more_is_better, replace_file
+from lite_llm.errors import EnvironmentProblem, UsageError
+from tools.benchmark.record import HEADLINE, PERCENTILES, Record, Row, more_is_better, replace_file
 from tools.benchmark.table import TITLES, heading
 
 COLORS = {
@@ -23,6 +23,8 @@ COLORS = {
 OTHER_COLORS, LIMIT_COLOR = ("#e69f00", "#7a5195", "#666666"), "#222222"
 SPAN = 20  # of values: beyond it an axis is logarithmic, else it starts at 0
 BY_BATCH = ("tokens_per_second", "tpot_ms")
+TIMES = ("ttft_ms", "tpot_ms", "e2e_ms")  # of `online`, whose requests per second are those that arrive
+NUMBERS = "{x:,.10g}"  # 10,000 and 0.3, never 1e+04 or 0.30000000000000004
 
 
 @dataclass
@@ -65,11 +67,11 @@ def check(path: str | Path) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise UsageError("--plot needs matplotlib", "pip install matplotlib") from None
+        raise EnvironmentProblem("--plot needs matplotlib", "pip install -r requirements-plot.txt") from None
 
 
 def panels(record: Record) -> Iterator[Panel]:
-    """What is drawn: per prompt and answer length two panels by batch, and one of bars for each other mode."""
+    """What is drawn: per prompt and answer length two panels by batch, and for each other mode one or more of bars."""
     rows = [row for row in record.rows if row.mode in HEADLINE and not record.refusal(row)]
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -85,7 +87,16 @@ def panels(record: Record) -> Iterator[Panel]:
         if bars:
             several = len({row.work["name"] for row in bars}) > 1
             names = {row.key: f"{row.work['name']}, " * several + row.label for row in bars}
-            yield _panel(record, bars, mode, HEADLINE[mode], lambda row, names=names: names[row.key])
+            for figure in _figures(record, mode):
+                yield _panel(record, bars, mode, figure, lambda row, names=names: names[row.key])
+
+
+def _figures(record: Record, mode: str) -> tuple[str, ...]:
+    """What is drawn of a mode in bars. Which requests are in time is told only where the user said what that is."""
+    if mode != "online":
+        return (HEADLINE[mode],)
+    asked = record.arguments.get("ttft") or record.arguments.get("tpot")
+    return (*TIMES, HEADLINE[mode]) if asked else TIMES
 
 
 def left_out(record: Record) -> list[str]:
@@ -98,9 +109,9 @@ def _panel(record: Record, rows: list[Row], title: str, figure: str, where) -> P
     for row in rows:
         value = row.figures[figure]
         line = lines.setdefault(row.side, Line(row.side))
-        line.points.append((where(row), value["median"], value["low"], value["high"]))
+        line.points += [(at, *ends) for at, ends in _spreads(where(row), value).items()]
         limit = record.limit(row, figure)
-        if limit and limit["of_limit"] > 0:
+        if limit and limit["of_limit"] > 0 and "median" in value:
             share = limit["of_limit"] if not more_is_better(figure) else 1 / limit["of_limit"]
             # Sides whose limits differ (another dtype, another order of work): the farthest is a limit of all.
             best, value = max if more_is_better(figure) else min, value["median"] * share
@@ -110,6 +121,17 @@ def _panel(record: Record, rows: list[Row], title: str, figure: str, where) -> P
         line.points.sort(key=lambda point: point[0] if type(point[0]) is int else 0)  # bars stay as they came
     found.lines, found.limit_name = list(lines.values()), " and ".join(sorted(names))
     return found
+
+
+def _spreads(where, value: dict) -> dict:
+    """Median, low and high by place: percentiles have three places, and may have no interval."""
+    if "median" in value:
+        return {where: (value["median"], value["low"], value["high"])}
+    known = {name: value[name] if isinstance(value[name], dict) else {"median": value[name]} for name in PERCENTILES}
+    return {
+        f"{where} {name}": (one["median"], one.get("low", one["median"]), one.get("high", one["median"]))
+        for name, one in known.items()
+    }
 
 
 def _draw(record: Record, chosen: list[Panel]):
@@ -135,6 +157,8 @@ def _draw(record: Record, chosen: list[Panel]):
 
 
 def _lines(axes, panel: Panel, colors: dict[str, str]) -> None:
+    from matplotlib.ticker import LogLocator
+
     batches = sorted({point[0] for line in panel.lines for point in line.points})
     for line in panel.lines:
         known = {point[0]: point for point in line.points}
@@ -151,15 +175,18 @@ def _lines(axes, panel: Panel, colors: dict[str, str]) -> None:
         axes.plot(*zip(*limits), color=LIMIT_COLOR, linestyle="--", marker="_", label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
-    axes.minorticks_off()
     if len(batches) == 1:
         axes.set_xlim(batches[0] / 2, batches[0] * 2)
     values = [point[1] for line in panel.lines for point in line.points] + [value for _, value in limits]
+    ends = [end for line in panel.lines for point in line.points for end in point[2:]] + values
     if min(values) > 0 and max(values) > SPAN * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.set_ylim(min(end for end in ends if end > 0) / 1.3, max(ends) * 1.3)
     else:
-        axes.set_ylim(0, max(values) * 1.1 or 1)
+        axes.set_ylim(0, max(ends) * 1.1 or 1)
+    axes.yaxis.set_major_formatter(NUMBERS)
+    axes.minorticks_off()  # of both axes, whose labels would be 4 x 10^3
     axes.set_xlabel("batch")
     axes.set_ylabel(", ".join(TITLES[panel.figure]))
     axes.set_title(panel.title, fontsize=9)
@@ -182,11 +209,13 @@ def _bars(axes, panel: Panel, colors: dict[str, str]) -> None:
     more = "more" if more_is_better(panel.figure) else "less"
     dashed = f"; dashed: limit of the {panel.limit_name}" * bool(panel.limits)
     axes.set_title(f"{panel.mode}: {', '.join(TITLES[panel.figure])} ({more} is better{dashed})", fontsize=9)
-    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_major_formatter(NUMBERS)
     axes.set_axisbelow(True)
     axes.grid(axis="x", alpha=0.3)
 
 
 def _xy(line: Line) -> tuple[list, list, tuple[list, list]]:
     x, y, low, high = (list(values) for values in zip(*line.points, strict=True))
-    return x, y, ([a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)])
+    known = [a < b for a, b in zip(low, high)]  # one run has no interval, and so no caps
+    below = [a - b if told else math.nan for a, b, told in zip(y, low, known)]
+    return x, y, (below, [b - a if told else math.nan for a, b, told in zip(y, high, known)])

@@ -58,7 +58,8 @@ class Row:
     `work` names the work and all that makes it another one ("variant" of an ablation). `figures` are those of FIGURES;
     each may have a "limit" of its own, and a part of percentiles may be a number or have an interval over the runs.
     `against` may be given as None, one comparison or several: {"side", "ratio", "differs"} and, of another variant than
-    the row's own, "variant". Kernels compiled inside the timing refuse a row. `gpu` is the GPU's state right after it.
+    the row's own, "variant"; of one run `differs` is None. Kernels compiled inside the timing refuse a row. `gpu` is
+    the GPU's state right after it, `note` what a reader must know of this side.
     """
 
     mode: str
@@ -71,6 +72,7 @@ class Row:
     compiles: int = 0
     refused: str | None = None
     gpu: dict | None = None
+    note: str | None = None
 
     def __post_init__(self):
         _expect(self.mode in FIGURES, "mode", self.mode, "one of " + ", ".join(FIGURES))
@@ -80,11 +82,13 @@ class Row:
         work = self.work if isinstance(self.work, dict) else {}
         _expect(isinstance(work.get("name"), str) and work["name"], "work", self.work, 'an object with a "name"')
         _expect(isinstance(self.refused, str | None) and self.refused != "", "refused", self.refused, "null or why")
+        _expect(isinstance(self.note, str | None) and self.note != "", "note", self.note, "null or a text")
         refused = self.refused
         if refused is None and self.compiles:
             refused = f"{self.compiles} kernels were compiled inside the timing"
         against = self.against if isinstance(self.against, list | tuple) else [self.against] if self.against else []
-        against = [] if refused else [_comparison(one) for one in against]
+        unknown = {"differs": None} if self.runs == 1 else {}  # one pair tells nothing of the noise
+        against = [] if refused else [_comparison(one) | unknown for one in against]
         for name, value in (("refused", refused), ("against", against), ("work", _plain("work", work))):
             object.__setattr__(self, name, value)
         _check_figures(self.mode, self.figures, needed=refused is None)
@@ -113,7 +117,7 @@ class Comparison:
     row: Row
     side: str
     ratio: dict
-    differs: bool
+    differs: bool | None
     other: Row | None
 
 
@@ -121,7 +125,8 @@ class Comparison:
 class Record:
     """`arguments` hold "argv" and all it was resolved to; `model` a "name" and what else makes it another model.
 
-    A gate is {"name", "wrong": null or why} and, if it says something about one side alone, "side".
+    A gate is {"name", "wrong": null or why} and, if it says something about one side alone, "side": a row's side, or in
+    an ablation its variant.
     """
 
     arguments: dict
@@ -179,7 +184,7 @@ class Record:
 
     def refusal(self, row: Row) -> str | None:
         """Why nothing may be said about this row's speed."""
-        wrong = (gate for gate in self.gates if gate["wrong"] and gate.get("side", row.side) == row.side)
+        wrong = (gate for gate in self.gates if gate["wrong"] and gate.get("side", row.side) in (row.side, row.label))
         return row.refused or next((f"{gate['name']}: {gate['wrong']}" for gate in wrong), None)
 
     def comparisons(self, row: Row) -> Iterator[Comparison]:
@@ -188,7 +193,8 @@ class Record:
         for against in row.against:
             work = row.work | ({"variant": against["variant"]} if "variant" in against else {})
             other = self.find(row.mode, work, against["side"])
-            if other is None and any(gate["wrong"] and gate.get("side") == against["side"] for gate in self.gates):
+            names = {against["side"], against.get("variant", against["side"])}
+            if other is None and any(gate["wrong"] and gate.get("side") in names for gate in self.gates):
                 continue
             if other is None or not self.refusal(other):
                 label = other.label if other else against.get("variant", against["side"])
@@ -264,7 +270,7 @@ def replace_file(path: Path, data: bytes) -> None:
 def _row(i: int, row: Any) -> Row:
     names = Row.__dataclass_fields__
     _expect(isinstance(row, dict), f"rows[{i}]", row, "an object")
-    if wrong := (names.keys() - {"gpu"} - row.keys()) | (row.keys() - names.keys()):
+    if wrong := (names.keys() - {"gpu", "note"} - row.keys()) | (row.keys() - names.keys()):
         raise ValueError(f"rows[{i}].{', '.join(sorted(wrong))}: missing or unknown")
     try:
         return Row(**row)
@@ -325,7 +331,7 @@ def _check_interval(what: str, value: Any) -> None:
 
 def _comparison(one: Any) -> dict:
     keys = one.keys() if isinstance(one, dict) else set()
-    whole = keys - {"variant"} == {"side", "ratio", "differs"} and type(one["differs"]) is bool
+    whole = keys - {"variant"} == {"side", "ratio", "differs"} and isinstance(one["differs"], bool | None)
     _expect(whole, "against", one, "objects of side, ratio, differs")
     _check_interval("against.ratio", one["ratio"])
     return one

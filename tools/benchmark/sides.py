@@ -36,17 +36,18 @@ CLASSES = {
 """Module and class behind each side."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-_KINDS = ("missing", "memory", "bug")
+KINDS = {"bug": 1, "usage": 2, "missing": 3, "memory": 4, "model": 5, "source": 6}
+"""Why a side gives no figure, and the exit code of that: "missing" cannot run here, "memory" does not fit."""
 
 
 class SideFailed(LiteLLMError):
-    """A side that gave no figure. `kind`: "missing" (cannot run here), "memory" (does not fit) or "bug"."""
+    """A side that gave no figure; `kind` is one of KINDS."""
 
     code = "side_failed"
 
     def __init__(self, message: str, hint: str = "", kind: str = "bug"):
         super().__init__(message, hint)
-        self.kind = kind
+        self.kind, self.exit_code = kind, KINDS[kind]
 
 
 class Missing(Exception):
@@ -249,8 +250,8 @@ class Side:
     def _ask(self, message: dict, timeout: float | None, watch: Callable[[dict], None] | None = None) -> dict:
         found = self.process.ask(message, self.timeout if timeout is None else timeout, watch)
         if not found["ok"]:
-            kind = found.get("kind") if found.get("kind") in _KINDS else "bug"
-            hint = "" if kind == "missing" else self.process.last_lines()
+            kind = found.get("kind") if found.get("kind") in KINDS else "bug"
+            hint = self.process.last_lines() if kind == "bug" else ""  # the others say all in their message
             raise SideFailed(f"{self.name}: {found.get('error', 'no reason given')}", hint, kind)
         return found
 

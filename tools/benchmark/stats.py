@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from lite_llm.errors import UsageError
 from tools.benchmark.work import Run, Work
 
+SAME = 0.03
+"""Two processes of one program differ by as much, whatever the rounds: less is not called a difference."""
+
 # The median of n values of a normal distribution lies within this many of their standard deviations of the true one
 # 95 times in 100: simulated, a million draws each.
 _REACH = {2: 9.0, 3: 2.55, 4: 1.64, 5: 1.36}
@@ -18,12 +21,12 @@ _REACH = {2: 9.0, 3: 2.55, 4: 1.64, 5: 1.36}
 
 @dataclass(frozen=True)
 class Ratio:
-    """One side's figure over another's; `differs` if the interval leaves 1 out."""
+    """One side's figure over another's; `differs` if the interval leaves 1 out, None if there is no interval."""
 
     median: float
     low: float
     high: float
-    differs: bool
+    differs: bool | None
 
 
 def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -51,14 +54,14 @@ def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def ratio_of(a: Sequence[float], b: Sequence[float]) -> Ratio:
     """a[i] / b[i] for figures of interleaved runs A B A B: what changes slowly (clocks, heat) meets both of a pair.
 
-    A single pair never differs: nothing is known of the noise.
+    Of a single pair nobody can tell whether they differ: nothing is known of the noise.
     """
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} runs and b {len(b)}; expected pairs")
     if not all(value > 0 for value in (*a, *b)):
         raise ValueError(f"a = {list(a)}, b = {list(b)}; expected figures above 0")
     median, low, high = median_and_interval([x / y for x, y in zip(a, b, strict=True)])
-    return Ratio(median, low, high, differs=len(a) > 1 and not low <= 1 <= high)
+    return Ratio(median, low, high, differs=not low <= 1 <= high if len(a) > 1 else None)
 
 
 def percentiles(values: Sequence[float], percents: Sequence[float] = (50, 90, 99)) -> tuple[float, ...]:

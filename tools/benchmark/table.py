@@ -7,7 +7,7 @@ import csv as _csv
 import io
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich import box
@@ -26,6 +26,7 @@ from tools.benchmark.record import (
     middle,
     replace_file,
 )
+from tools.benchmark.stats import SAME
 
 TITLES = {
     "ttft_ms": ("first token", "ms"), "tpot_ms": ("per token", "ms"), "e2e_ms": ("end to end", "ms"),
@@ -37,10 +38,16 @@ TITLES = {
 VERDICT_STYLE = {"equal": "green", "noise": "yellow", "bug": "bold red"}
 HARMLESS = {"gpu_idle", "applications_clocks_setting", "display_clock_setting"}
 """Throttle reasons that hold no measurement back."""
+ALIKE = f"no difference: the interval holds 1, or the ratio is within {SAME:.0%} of 1, as of one program run twice"
+UNLIMITED = {
+    "online": "no % of a limit: when requests come decides how long they take",
+    "startup": "no % of a limit: starting a process is neither copies nor matmuls",
+}
+ON_A_CPU = "on a CPU transformers may well be faster: lite_llm's kernels, graphs and pool are for GPUs"
 BEYOND = 1.05  # of a limit: more than its own measurement's error
 COLUMNS = (
     "mode", "work", "batch", "prompt", "new", "variant", "side", "figure", "against", "value", "low", "high",
-    "limit", "of_limit", "differs", "runs", "compiles", "refused",
+    "limit", "of_limit", "differs", "runs", "compiles", "refused", "note",
 )  # fmt: skip
 
 
@@ -117,23 +124,43 @@ def notes(record: Record, mode: str) -> Iterator[str]:
     shown = [row for row in rows if row not in refused]
     for i, row in enumerate(refused, 1):
         yield f"[{i}] no speed-up is shown: {record.refusal(row)}"
+    for label, note in dict.fromkeys((row.label, row.note) for row in rows if row.note):
+        yield f"{label}: {note}"
     if mode == "accuracy":
         yield "error over its own: the logits' distance from float32, over that of the side compared with"
         return
+    pairs = [pair for row in shown for pair in record.comparisons(row)]
     if shown:
-        low, high = min(row.runs for row in shown), max(row.runs for row in shown)
-        runs = f"{low} to {high} runs" if low < high else f"{low} run{'s' * (low != 1)}"
         ratio = f"; x: ratio of {', '.join(TITLES[RATIO[mode]])}, above 1 is better"
-        yield f"median of {runs} (95 % interval)" + ratio * any(any(record.comparisons(row)) for row in shown)
+        yield _runs(shown) + ratio * bool(pairs)
+    if any(pair.differs is False for pair in pairs):
+        yield ALIKE
     limits = [limit for row in shown for name in FIGURES[mode] if (limit := record.limit(row, name))]
     if limits:
         yield f"%: of what {' or '.join(sorted({limit['name'] for limit in limits}))} allows on this machine"
+    elif shown and mode in UNLIMITED:
+        yield UNLIMITED[mode]
     if over := sum(limit["of_limit"] > BEYOND for limit in limits):
         yield f"{over} of {len(limits)} shares are beyond the limit: the work fits a cache, or the figure is wrong"
-    held = [reasons for row in rows if (reasons := set((row.gpu or {}).get("throttle_reasons") or ()) - HARMLESS)]
-    if held:
-        names = ", ".join(sorted(set().union(*held)))
-        yield f"the GPU's clocks were held back after {len(held)} of {len(rows)} rows: {names}"
+    if held := held_back([row.gpu for row in rows]):
+        yield held
+    theirs = any(row.side.startswith("transformers") for row in shown)
+    if mode == "latency" and theirs and record.model.get("device") == "cpu":
+        yield ON_A_CPU
+
+
+def held_back(states: Sequence[dict | None]) -> str | None:
+    """What the GPU's states after rows say of its clocks, if they were lower than they could be."""
+    held = [reasons for gpu in states if (reasons := set((gpu or {}).get("throttle_reasons") or ()) - HARMLESS)]
+    names = ", ".join(sorted(set().union(*held)))
+    return f"the GPU's clocks were held back after {len(held)} of {len(states)} rows: {names}" if held else None
+
+
+def _runs(rows: Sequence[Row]) -> str:
+    low, high = min(row.runs for row in rows), max(row.runs for row in rows)
+    if high == 1:
+        return "1 run: no interval, and nobody can tell noise from a difference"
+    return f"median of {f'{low} to {high}' if low < high else low} runs (95 % interval)"
 
 
 def csv(record: Record, path: Path) -> None:
@@ -180,8 +207,9 @@ def _cell(record: Record, row: Row, name: str, stacked: bool) -> Text:
     if "p50" in value:
         found = Text(("\n" if stacked else " / ").join(number(middle(value[p])) for p in FIGURES[row.mode][name]))
     else:
-        found = Text(f"{number(value['median'])}{between}({number(value['low'])}-{number(value['high'])})")
-        found.stylize("dim", found.plain.index("("))
+        found = Text(number(value["median"]))
+        if row.runs > 1:
+            found.append(f"{between}({number(value['low'])}-{number(value['high'])})", style="dim")
     if limit := record.limit(row, name):
         style = "red" if limit["of_limit"] > BEYOND else "cyan"
         found.append(f"{between}{share(limit)}", style=style)
@@ -207,14 +235,14 @@ def _ratios(record: Record, rows: list[Row]) -> tuple[dict[str, list[str]], str]
     subjects = {pair.row.side for pair in pairs}
     beside = len(subjects) == 1 and rows[0].mode != "ablation" and all(pair.other for pair in pairs)
     for pair in pairs:
-        words = _ratio(pair) + ([] if pair.differs else ["no difference"])
-        found[pair.other.key if beside else pair.row.key] += words if beside else [*words, f"as {pair.side}"]
+        words = _ratio(pair) + ["no difference"] * (pair.differs is False)
+        found[pair.other.key if beside else pair.row.key] += words if beside else [*words, f"against {pair.side}"]
     return found, f"{subjects.pop()} is\nas fast" if beside else "as fast"
 
 
 def _ratio(pair: Comparison) -> list[str]:
     median, low, high = (number(pair.ratio[part]) for part in INTERVAL)
-    return [f"{median}x", f"({low}-{high})"]
+    return [f"{median}x"] + [f"({low}-{high})"] * (pair.row.runs > 1)
 
 
 def _stack(words: list[str], stacked: bool) -> Text:
@@ -233,7 +261,7 @@ def _by_work(rows: list[Row]) -> dict[str, list[Row]]:
 def _lines(record: Record, row: Row) -> Iterator[dict]:
     same = {name: row.work.get(name, "") for name in ("batch", "prompt", "new", "variant")} | {
         "mode": row.mode, "work": row.work["name"], "side": row.side, "runs": row.runs, "compiles": row.compiles,
-        "refused": record.refusal(row) or "",
+        "refused": record.refusal(row) or "", "note": row.note or "",
     }  # fmt: skip
     for name, value in row.figures.items():
         if row.mode == "accuracy":
@@ -243,15 +271,15 @@ def _lines(record: Record, row: Row) -> Iterator[dict]:
         share = {"limit": limit["name"], "of_limit": limit["of_limit"]} if limit else {}
         parts = {name: value} if "median" in value else {f"{name}_{p}": value[p] for p in FIGURES[row.mode][name]}
         for part, told in parts.items():
-            yield same | share | {"figure": part} | _interval(told)
+            yield same | share | {"figure": part} | _interval(row, told)
     if not row.figures:
         yield same
     for pair in record.comparisons(row):
         about = {"figure": "ratio", "against": pair.side, "differs": pair.differs}
-        yield same | about | _interval(pair.ratio)
+        yield same | about | _interval(row, pair.ratio)
 
 
-def _interval(value: dict | float) -> dict:
-    if not isinstance(value, dict):
-        return {"value": value}
+def _interval(row: Row, value: dict | float) -> dict:
+    if row.runs == 1 or not isinstance(value, dict):
+        return {"value": middle(value)}
     return {"value": value["median"], "low": value["low"], "high": value["high"]}

@@ -116,6 +116,8 @@ class Compiled(Eager):
         self._static: StaticCache | None = None
         self._how = {} if self.device == "cpu" else {"compile_config": CompileConfig(mode="reduce-overhead")}
         self.info["compile"] = self._how["compile_config"].mode if self._how else None
+        if not self._how:
+            self.info["note"] = "static cache; nothing is compiled on a CPU"
 
     def _size(self, work: Work, batch: Sequence[int]) -> tuple[int, int]:
         return min(self.most, len(work.asks)), max(len(ask.ids) for ask in work.asks)

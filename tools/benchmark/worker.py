@@ -14,11 +14,12 @@ import traceback
 from collections.abc import Callable
 from typing import Protocol, TextIO
 
-from lite_llm.errors import DoesNotFit, EnvironmentProblem, LiteLLMError
-from tools.benchmark.sides import CLASSES, Missing, Opening
+from lite_llm.errors import LiteLLMError
+from tools.benchmark.sides import CLASSES, KINDS, Missing, Opening
 from tools.benchmark.work import Run, Work
 
 _BEGAN = time.monotonic()
+_LINE = 300  # characters of an error
 Tell = Callable[[dict], None]
 """Told the requests in flight, while they run, by a side that knows them."""
 
@@ -109,13 +110,18 @@ def _tell(answers: TextIO, progress: dict) -> None:
 
 def _kind(error: Exception) -> str:
     names = {kind.__name__ for kind in type(error).__mro__}  # torch is not imported for its name
-    if isinstance(error, (MemoryError, DoesNotFit)) or "OutOfMemoryError" in names:
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
         return "memory"
-    return "missing" if isinstance(error, (Missing, ImportError, EnvironmentProblem)) else "bug"
+    if isinstance(error, (Missing, ImportError)):
+        return "missing"
+    code = error.exit_code if isinstance(error, LiteLLMError) else LiteLLMError.exit_code
+    return next(kind for kind, its in KINDS.items() if its == code)
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:500]
+    text = " ".join(str(error).split())
+    if len(text) > _LINE:
+        text = (text[:_LINE].rpartition(" ")[0] or text[:_LINE]) + " ..."
     known = isinstance(error, (Missing, LiteLLMError))
     return text if known and text else f"{type(error).__name__}: {text}"
 
