@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy  # noqa: F401 -- before torch, which warns at length if it is missing
 import torch
 
 from lite_llm.answer import Answer

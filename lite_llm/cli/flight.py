@@ -27,7 +27,7 @@ FRAME = 0.1  # seconds between two frames, at least
 SHARE = 0.01  # of the time, for drawing
 WINDOW = 2.0  # seconds over which tokens per second are counted
 _TITLED, _WIDE = 60, 112  # columns from which on there are titles and the map, and everything
-_TALL = 10  # lines from which on there is a map
+_TALL = 10  # lines from which on there are a map and a hint
 _BAR = 40  # columns of a bar, at most
 _TOP = 40  # lines of /top, at most
 _GAP = "  "
@@ -64,10 +64,12 @@ class FlightView:
     While nobody steps nothing moves: whoever waits for requests calls `update` as well.
     """
 
-    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
-        """`console`: stderr without one. `clock` counts seconds."""
+    def __init__(
+        self, console: Console | None = None, clock: Callable[[], float] = time.monotonic, hint: str = ""
+    ):  # fmt: skip
+        """`console`: stderr without one. `clock` counts seconds. `hint`: the last line, where there is room."""
         self._console = console or Console(stderr=True)
-        self._clock = clock
+        self._clock, self._hint = clock, hint
         # FORCE_COLOR makes rich take a file for a terminal; a file full of frames is of no use to anybody.
         shown = self._console.is_interactive and self._console.file.isatty()
         self._due = 0.0 if shown else math.inf
@@ -105,7 +107,8 @@ class FlightView:
         since, before = self._counts[0]
         rate = (now.tokens - before) / (at - since) if at > since else None
         size, blocks = self._console.size, self._console.encoding.startswith("utf")
-        lines = frame(now, size.width, size.height - 1, rate, blocks)
+        hint: list[Line] = [[(self._hint[: size.width], "dim")]] if self._hint and size.height >= _TALL else []
+        lines = frame(now, size.width, size.height - 1 - len(hint), rate, blocks) + hint
         with _whole():
             self._live.update(_Frame(lines), refresh=True)
 
@@ -253,7 +256,7 @@ def _table(shown: Sequence[Progress], width: int, titled: bool, blocks: bool) ->
         heads = numbers([column.title for column in columns])
         yield [(f"{'request':<{name_size}} {'state':<{_STATE}}  {'':<{bar}}{heads}", "dim")]
     for p, name, texts in zip(shown, names, cells, strict=True):
-        style = "bad" if p.finish_reason in ("abort", "error", "timeout") else p.state
+        style = "bad" if p.finish_reason in ("abort", "error", "grammar", "timeout") else p.state
         yield [
             (_fitted(name, name_size, blocks) + " ", ""),
             (f"{p.state:<{_STATE}}  ", style),

@@ -19,7 +19,7 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         self.pressed = False
         self._before = signal.signal(signal.SIGINT, self._note)
-        self._terminal = _silence_keys()
+        self._terminal = silence_keys()
         return self
 
     def __exit__(self, *_) -> None:
@@ -31,7 +31,7 @@ class Interrupt:
         self.pressed = True
 
 
-def _silence_keys() -> list[Any] | None:
+def silence_keys() -> list[Any] | None:
     """Turn echo and line mode off, so that what is typed waits for the next prompt. Returns the state before."""
     if termios is None or sys.stdin is None or not sys.stdin.isatty():
         return None

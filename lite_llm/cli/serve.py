@@ -52,8 +52,9 @@ def parser(prog: str) -> args.Parser:
         "--drain", metavar="S", type=_whole, help="seconds for running answers to finish after SIGTERM; default: 30"
     )
     group.add_argument(
-        "--fetch-from", metavar="HOST", nargs="+", default=[], help="hosts from which pictures may be fetched"
-    )
+        "--fetch-from", metavar="HOST", nargs="+", default=[],
+        help="hosts from which pictures may be fetched; of what is not public, list the address itself too",
+    )  # fmt: skip
     args.add_output(parser)
     parser.set_defaults(json=False)
     return parser
@@ -142,5 +143,5 @@ def _number(text: str) -> float:
 
 def _whole(text: str) -> int:
     if not (text.isdigit() and text.isascii() and len(text) < 12):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number")
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}; expected a whole number, 0 or more")
     return int(text)

@@ -51,6 +51,7 @@ class Server:
         # Of the LLM only what never changes: its steps belong to the bridge.
         self._prompt, self._tokenizer, self.context = llm.read, llm.tokenizer, llm.cfg.max_len
         self._vocab = llm.cfg.vocab
+        self._modalities = ["text"] if llm.cfg.vision is None else ["text", "image"]
         self._vocabulary = Vocabulary(llm.tokenizer)
         self._toolbox = tools.Toolbox(llm.tokenizer)
         self._constraints = constraints.Constraints(llm)
@@ -153,7 +154,7 @@ class Server:
     def model(self) -> dict[str, Any]:
         return {
             "id": self.name, "object": "model", "created": self.started, "owned_by": "lite_llm",
-            "max_model_len": self.context,
+            "max_model_len": self.context, "input_modalities": self._modalities,
         }  # fmt: skip
 
 
@@ -176,7 +177,10 @@ def _fields(prompt: str, grammar: str | None) -> dict[str | None, str | None]:
 
 def make_app(server: Server, api_key: str | None) -> ASGIApp:
     """`api_key`: what clients must send as a bearer token on every route but health and the page; None: nothing."""
-    app = FastAPI(title="lite_llm", version=lite_llm.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="lite_llm", version=lite_llm.__version__, docs_url=None, redoc_url=None, openapi_url=None,
+        redirect_slashes=False,  # it would name the address that the client says it has asked
+    )  # fmt: skip
     page = resources.files("lite_llm.server").joinpath("page.html").read_bytes()
     bridge, most = server.bridge, server.most_bytes
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
+from lite_llm.errors import LiteLLMError
 from lite_llm.llm import LLM
 from lite_llm.outputs import InFlight, Output
 from lite_llm.server.job import Job
@@ -129,7 +130,8 @@ class Bridge:
                     self._step()
                 self._beat = self._llm.beat
         except Exception as error:
-            log.error("the engine stops", exc_info=error)
+            # What says by itself what to do is shown when the server ends; of anything else the place is wanted.
+            log.error("the engine stops", exc_info=None if isinstance(error, LiteLLMError) else error)
             self.dead = error
             try:
                 self._end_all(Refusal(500, "the engine has failed, and the server stops", code="engine_failed"))

@@ -16,16 +16,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lite_llm.engine.constraint import Grammar
-from lite_llm.engine.warm import counting
-from lite_llm.llm import LLM
 from lite_llm.outputs import Output
 from lite_llm.server.link import Link, portable
 from lite_llm.server.remote import BEAT
 from lite_llm.server.steady import News, Steady
 from lite_llm.text.grammar_sources import Source
+
+if TYPE_CHECKING:
+    from lite_llm.llm import LLM
 
 _MOST_UNHEARD = 64 << 20
 """Bytes of answers that the server has not taken: seconds of a thousand streams. Then the child waits, for a server
@@ -41,6 +42,8 @@ def work(file: int) -> None:
             ((make, model, options, wanted, level),) = link.receive(None)
             if level is not None:
                 logging.basicConfig(stream=sys.stderr, level=level, format="%(name)s: %(message)s")
+            from lite_llm.llm import LLM  # torch: here, so that the server hears which package is missing
+
             hearers = {name: _Hearer(link, name) for name in wanted}
             Child((make or LLM)(model, **hearers, **options), link).run()
     except Exception as error:
@@ -74,7 +77,7 @@ def _without_grammar(output: Output) -> Output:
 
 
 class Child(Steady):
-    def __init__(self, llm: LLM, link: Link):
+    def __init__(self, llm: "LLM", link: Link):
         super().__init__(llm)
         self._link = link
         self._compiler = ThreadPoolExecutor(1, "lite_llm-grammar")
@@ -83,6 +86,8 @@ class Child(Steady):
 
     def run(self) -> None:
         """EOFError when the server is gone."""
+        from lite_llm.engine.warm import counting  # torch
+
         with counting(self.llm.engine.kv.k.device) as self.kernels:
             gc.collect()
             gc.freeze()  # 200,000 objects of torch and transformers, which a collection looks through for 50 ms

@@ -27,7 +27,7 @@ from starlette.types import Message, Receive, Scope, Send
 from lite_llm.server.answers import event
 from lite_llm.server.app import response_of
 from lite_llm.server.metrics import CONTENT_TYPE
-from lite_llm.server.refusals import Refusal, refusal_of, stopping
+from lite_llm.server.refusals import RETRY_AFTER, Refusal, refusal_of, stopping
 from lite_llm.server.reply import ClientGone, deliver, left, read_bytes
 from lite_llm.server.routing import prefixes_of
 
@@ -88,7 +88,7 @@ class Front:
         client = _Client(send)
         self.taken += 1
         try:
-            if scope["method"] == "GET" and scope["path"] in self._own:
+            if scope["method"] in ("GET", "HEAD") and scope["path"] in self._own:
                 response = await self._own[scope["path"]]()
                 await response(scope, receive, send)
             elif scope["path"] == "/health":
@@ -165,7 +165,8 @@ class Front:
             async with asyncio.timeout(_ANSWER):
                 replicas = await asyncio.to_thread(running_replicas)
         ready = replicas > 0 and not self.draining
-        return JSONResponse({"status": "ok" if ready else "not ready", "replicas": replicas}, 200 if ready else 503)
+        told, later = {"status": "ok" if ready else "not ready", "replicas": replicas}, {"retry-after": str(RETRY_AFTER)}
+        return JSONResponse(told, 200) if ready else JSONResponse(told, 503, later)
 
     async def _in_flight(self) -> Response:
         """Those of all replicas; figures are sums."""

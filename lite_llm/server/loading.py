@@ -13,6 +13,7 @@ import uvicorn
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from lite_llm.server.connections import Connection
 from lite_llm.server.refusals import loading
 
 _TICK = 0.02  # seconds
@@ -30,8 +31,8 @@ class Loading:
         """`listener` stays open; the thread has its own handle on it."""
         self.progress = ""
         config = uvicorn.Config(
-            self._answer, interface="asgi3", lifespan="off", ws="none", log_config=None, access_log=False,
-            server_header=False, timeout_graceful_shutdown=1,
+            self._answer, http=Connection, interface="asgi3", lifespan="off", ws="none", log_config=None,
+            access_log=False, server_header=False, timeout_graceful_shutdown=1,
         )  # fmt: skip
         self._http, self._listener = uvicorn.Server(config), listener.dup()
         self._loaded = threading.Event()

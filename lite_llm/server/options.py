@@ -49,7 +49,10 @@ def listen(options: ServeOptions) -> socket.socket:
 
 
 def fetcher_from(hosts: Sequence[str]) -> Fetcher | None:
-    """Downloads pictures from these hosts alone, redirects included; None for no hosts. UsageError for a bad name."""
+    """Downloads pictures from these hosts alone, redirects included; None for no hosts. UsageError for a bad name.
+
+    An address that is not public is asked only if it is listed itself; a name that leads to it does not suffice.
+    """
     listed = {check_url(f"http://{host}/")[1] for host in hosts}
 
     def only_listed(host: str, port: int, seconds: float) -> list[str]:
@@ -57,7 +60,7 @@ def fetcher_from(hosts: Sequence[str]) -> Fetcher | None:
             raise UsageError(f"pictures are not fetched from {host}", "send the picture itself, as a data URL")
         return resolve(host, port, seconds)
 
-    return Fetcher(resolve=only_listed) if listed else None
+    return Fetcher(resolve=only_listed, inside=listed) if listed else None
 
 
 def _is_local(host: str) -> bool:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from lite_llm.server.app import Server, make_app
 from lite_llm.server.bridge import Bridge
+from lite_llm.server.connections import Connection, for_this_machine, watch_files
 from lite_llm.server.metrics import Metrics
 from lite_llm.server.options import ServeOptions
 from lite_llm.server.remote import RemoteLLM
@@ -52,6 +53,7 @@ def serve(llm: RemoteLLM, listener: socket.socket, options: ServeOptions, say: C
         return answer(app, bridge, server.name, listener, options, say)
     finally:
         server.workers.shutdown(wait=False, cancel_futures=True)
+        gc.unfreeze()  # Triton, which transformers imports for pictures, counts what the last collection cannot free
 
 
 def answer(
@@ -60,8 +62,9 @@ def answer(
     """`serve` for what is opened already. `work`: what `app` does, so that it can be stopped."""
     http = _Quiet(
         uvicorn.Config(
-            app, lifespan="off", ws="none", log_config=None, access_log=False,
-            server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(_GOODBYE)),
+            app if options.api_key else for_this_machine(app), http=Connection, lifespan="off", ws="none",
+            log_config=None, access_log=False, server_header=False, timeout_keep_alive=30,
+            timeout_graceful_shutdown=max(1, round(_GOODBYE)),
         )
     )  # fmt: skip
     with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
@@ -98,6 +101,7 @@ async def _serve(
         loop.add_signal_handler(number, told)
     work.start(on_death=stop.set)
     serving = asyncio.ensure_future(http.serve(sockets=[listener]))
+    watching = asyncio.ensure_future(watch_files(listener))
     host, port = listener.getsockname()[:2]
     say(f"http://{f'[{host}]' if ':' in host else host}:{port}  model {name}  Ctrl-C stops")
     await asyncio.wait([serving, asyncio.ensure_future(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
@@ -113,6 +117,7 @@ async def _serve(
         async with asyncio.timeout(_GOODBYE):
             while work.taken:
                 await asyncio.sleep(0.02)
+    watching.cancel()
     http.should_exit = True
     await serving
     await work.close()

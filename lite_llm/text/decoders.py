@@ -124,6 +124,9 @@ class _Child:
         try:
             _receive(self._link, time.monotonic() + _START_SECONDS)
         except OSError:
+            import numpy  # noqa: F401 -- if one of its two packages is missing, this says which
+            import PIL.Image  # noqa: F401
+
             raise EnvironmentProblem(
                 "the process that decodes pictures does not start", f"try {sys.executable} -c 'import PIL.Image, numpy'"
             ) from None

@@ -1,4 +1,4 @@
-"""Pictures from the web: one bounded download at a time, and never from an address that is not public.
+"""Pictures from the web: one bounded download at a time, and only from public addresses unless others are listed.
 
 A URL that a stranger sends may point into the network of the machine that fetches it. So every hop is checked by
 itself, names are resolved once, and the addresses that were checked are those that are dialled.
@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -93,9 +93,17 @@ class Fetcher:
     """
 
     def __init__(
-        self, seconds: float = 10.0, most_bytes: int = MOST_BYTES, resolve: Resolve = resolve, dial: Dial = dial
+        self,
+        seconds: float = 10.0,
+        most_bytes: int = MOST_BYTES,
+        resolve: Resolve = resolve,
+        dial: Dial = dial,
+        inside: Collection[str] = (),
     ):
+        """`inside`: numeric addresses that may be asked although they are not public. A name is not enough, for
+        whoever answers for it could point it anywhere."""
         self._seconds, self._most_bytes, self._resolve, self._dial = seconds, most_bytes, resolve, dial
+        self._inside = inside
 
     def fetch(self, url: str, gone: Gone | None = None) -> bytes:
         """The body that `url` answers with, at most three redirects away.
@@ -124,8 +132,9 @@ class Fetcher:
         addresses = self._resolve(host, port, _left(end))
         if not addresses:
             raise OSError("no address")
-        if not all(map(is_public, addresses)):
-            raise UsageError(f"{host} is an address inside a network, not a public one", _HINT)
+        if not all(is_public(address) or address in self._inside for address in addresses):
+            hint = "the server's operator may list the address itself with --fetch-from" if self._inside else _HINT
+            raise UsageError(f"{host} is an address inside a network, not a public one", hint)
         connection = self._connect(addresses, url.scheme, host, port, end)
         try:
             connection.settimeout(_left(end))

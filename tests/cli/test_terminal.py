@@ -54,6 +54,10 @@ class Terminal:
     def send(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
+    def modes(self) -> list:
+        """Of the terminal: echo, line mode and so on."""
+        return termios.tcgetattr(self._master)
+
     def wait(self, text: str) -> str:
         """Output from the last match to this one."""
         pattern, end = re.compile(text.encode(), re.DOTALL), time.monotonic() + SLOW

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
-from lite_llm.llm import LLM
+from lite_llm.llm import DEMO, LLM
 from tests.server.conftest import PARIS, Running, opened
 from tests.server.test_connections import LONG, raw
+
+VISION = DEMO.parent / "vision"
 
 
 def ask(page: Page, text: str) -> None:
@@ -57,13 +59,75 @@ def check(page: Page, running: Running, folder: Path | None, name: str) -> None:
     expect(page.locator(".turn.assistant")).to_have_text("The capital of")
     expect(page.locator("#figures")).to_contain_text("no tokens left")
     page.fill("#tokens", "")
+    expect(page.locator("#attach")).to_be_hidden()  # a model that takes text only
+    check_mistakes(page)
+    check_settings_hide_nothing(page)
+
+
+def check_mistakes(page: Page) -> None:
+    """What is wrong with a setting is said, and nothing is sent; also when Settings are closed."""
+    turns = page.locator(".turn").count()
+    for field, value, words in (
+        ("#tokens", "-5", "Tokens: -5; expected a whole number, 1 or more"),
+        ("#tokens", "1.5", "Tokens: 1.5; expected a whole number, 1 or more"),
+        ("#temperature", "500", "Temperature: 500; expected a number from 0 to 100"),
+    ):
+        page.fill(field, value)
+        page.locator("summary").click()
+        expect(page.locator(field)).to_be_hidden()
+        ask(page, "Who hears this?")
+        expect(page.locator("#wrong")).to_have_text(words)
+        expect(page.locator(field)).to_be_visible()
+        expect(page.locator("#text")).to_have_value("Who hears this?")
+        expect(page.locator(".turn")).to_have_count(turns)
+        page.fill(field, "")
+        expect(page.locator("#wrong")).to_be_hidden()
+    page.fill("#temperature", "0.25")  # not only tenths
+    ask(page, "What is the capital of France?")
+    expect(page.locator(".turn")).to_have_count(turns + 2)
+    expect(page.locator("#go")).to_have_text("Send")
+
+
+def check_settings_hide_nothing(page: Page) -> None:
+    page.locator("summary").click()
+    expect(page.locator("#key")).to_be_hidden()
+    for _ in range(8):
+        ask(page, "What is the capital of France?")
+        expect(page.locator("#go")).to_have_text("Send")
+        expect(page.locator(".turn.assistant").last).to_have_text(PARIS)
+    assert newest_is_seen(page)
+    page.locator("summary").click()
+    expect(page.locator("#key")).to_be_visible()
+    page.wait_for_timeout(100)
+    assert newest_is_seen(page)
+    page.locator("summary").click()
+    page.evaluate("document.getElementById('talk').scrollTop = 0")
+    page.wait_for_timeout(100)
+    page.locator("summary").click()
+    page.wait_for_timeout(100)
+    assert page.evaluate("document.getElementById('talk').scrollTop") == 0, "whoever reads above stays there"
+
+
+def newest_is_seen(page: Page) -> bool:
+    talk, last = page.locator("#talk").bounding_box(), page.locator(".turn").last.bounding_box()
+    return last["y"] + last["height"] <= talk["y"] + talk["height"] + 1
+
+
+def check_pictures(page: Page, running: Running) -> None:
+    page.goto(running.url)
+    expect(page.locator("#attach")).to_be_visible()
+    page.set_input_files("#file", {"name": "README.md", "mimeType": "text/markdown", "buffer": b"# no picture"})
+    expect(page.locator("#wrong")).to_contain_text("README.md is no picture that can be sent; expected PNG")
+    expect(page.locator("#picture")).to_have_text("")
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
     expect(page.locator("#picture")).to_have_text("a.png")
+    expect(page.locator("#wrong")).to_be_hidden()
     ask(page, "What is this?")
     expect(page.locator(".turn.error")).to_have_count(1)
     expect(page.locator("#go")).to_have_text("Send")
-    ask(page, "What is the capital of France?")  # what was refused is not sent again
-    expect(page.locator(".turn.assistant").last).to_have_text(PARIS)
+    page.set_input_files("#file", VISION / "picture-1.png")
+    ask(page, "What is in the picture?")  # what was refused is not sent again
+    expect(page.locator(".turn.assistant").last).to_contain_text("a green heart")
 
 
 def check_key(page: Page, running: Running) -> None:
@@ -76,7 +140,7 @@ def check_key(page: Page, running: Running) -> None:
     expect(page.locator("#now")).to_contain_text("0 running")
 
 
-def check_crowd(page: Page, running: Running, folder: Path | None) -> None:
+def check_crowd(page: Page, running: Running, folder: Path | None, name: str) -> None:
     """Sixteen answers grow in a small pool beside what eight others left there."""
     running.chat(n=8, max_tokens=120, ignore_eos=True, temperature=2)
     page.goto(running.url)
@@ -84,10 +148,14 @@ def check_crowd(page: Page, running: Running, folder: Path | None) -> None:
     expect(page.locator("#flights tr")).to_have_count(17)
     expect(page.locator("#map i:not([title*=' 0 in use'])").nth(100)).to_be_attached(timeout=30_000)
     expect(page.locator("#map i:not([title*=' 0 kept'])").nth(20)).to_be_attached()
+    expect(page.locator("aside .card").first).to_contain_text("kept for later prompts")
+    expect(page.locator("#flights .legend")).to_have_text("prompt readanswerto come")
     if folder:
-        page.screenshot(path=folder / "page-crowd.png")
+        page.screenshot(path=folder / f"page-crowd-{name}.png")
     crowd.close()
     expect(page.locator("#map i:not([title*=' 0 in use'])")).to_have_count(0)
+    if folder:
+        page.screenshot(path=folder / f"page-idle-{name}.png")
 
 
 def main(folder: Path | None) -> None:
@@ -107,8 +175,11 @@ def main(folder: Path | None) -> None:
                 page.close()
         with Running(llm, api_key="secret") as running:
             check_key(chromium.new_page(), running)
-        with opened() as small, Running(small) as running:
-            check_crowd(chromium.new_page(), running, folder)
+        with opened(VISION) as seeing, Running(seeing) as running:
+            check_pictures(chromium.new_page(), running)
+        for scheme in ("light", "dark"):
+            with opened() as small, Running(small) as running:
+                check_crowd(chromium.new_page(color_scheme=scheme), running, folder, scheme)
         chromium.close()
     print("the page works: light and dark, wide and narrow, with and without a key, idle and busy")
 

@@ -20,6 +20,7 @@ import uvicorn
 from lite_llm.llm import DEMO, LLM
 from lite_llm.server.app import Server, make_app
 from lite_llm.server.bridge import Bridge
+from lite_llm.server.connections import Connection
 from lite_llm.server.metrics import Metrics
 from lite_llm.server.options import ServeOptions, listen
 from lite_llm.server.remote import Kernels, RemoteLLM
@@ -47,7 +48,9 @@ class Running:
         self._listener = listen(ServeOptions(port=0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(make_app(self.server, api_key), lifespan="off", ws="none", log_config=None)
+        config = uvicorn.Config(
+            make_app(self.server, api_key), http=Connection, lifespan="off", ws="none", log_config=None
+        )
         self._http = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 

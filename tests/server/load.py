@@ -33,7 +33,7 @@ async def one(port: int, prompt: list[int], tokens: int) -> tuple[float, float, 
     body = json.dumps(wishes).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     start = time.perf_counter()
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
     writer.write(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
     first, events, tail = 0.0, 0, b""
     while piece := await reader.read(1 << 16):

@@ -71,7 +71,8 @@ def test_clients_that_leave_disturb_nobody_and_leave_nothing(copying):
 def raw(server: Running, path: str = "/v1/chat/completions", **fields) -> socket.socket:
     """A connection on which a request was sent."""
     body = json.dumps(fields).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
+    head += "content-type: application/json\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", server.port))
     connection.sendall(head.encode() + body)
     return connection

@@ -63,7 +63,7 @@ def test_who_has_connected_and_not_sent_yet_is_answered():
             first_answer(f"http://127.0.0.1:{address[1]}")
             slow = socket.create_connection(address)
             time.sleep(0.1)  # it is accepted
-            timer = threading.Timer(0.3, slow.sendall, [b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"])
+            timer = threading.Timer(0.3, slow.sendall, [b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"])
             timer.start()
         with slow:
             slow.settimeout(5)

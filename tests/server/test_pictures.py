@@ -57,6 +57,11 @@ def data_url(image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def test_whether_a_model_takes_pictures_is_told(seeing, server):
+    for running, found in ((seeing, ["text", "image"]), (server, ["text"])):
+        assert httpx.get(running.url + "/v1/models").json()["data"][0]["input_modalities"] == found
+
+
 def test_a_picture_is_seen(seeing):
     """A random model says something else of each picture."""
     wishes = dict(temperature=0, max_tokens=8, ignore_eos=True)

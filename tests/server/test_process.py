@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -88,6 +89,7 @@ def test_pictures_are_decoded_in_processes_that_end_with_the_server():
         server.child.terminate()
         assert server.end() == 0
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert "Ctrl-C stops" in server.log[-1], "nothing is said at the end"
 
 
 def stream(url: str, tokens: int, **headers) -> tuple[threading.Thread, list[str]]:
@@ -116,6 +118,9 @@ def test_sigterm_lets_running_answers_finish_and_others_not_for_ever(processes):
     patient, hasty = processes
     key = {"authorization": "Bearer k"}
     assert httpx.get(hasty.url + "/v1/models", headers=key).json()["data"][0]["id"] == "mine"
+    strange = {"host": "evil.example"}  # only the one without a key must mind
+    assert httpx.get(patient.url + "/v1/models", headers=strange).status_code == 421
+    assert httpx.get(hasty.url + "/v1/models", headers=key | strange).status_code == 200
     reader, lines = stream(patient.url, 400)
     other, cut = stream(hasty.url, 1900, **key)
     pooled = httpx.Client()
@@ -157,7 +162,8 @@ def test_wrong_options_are_said_before_a_model_is_loaded(capsys):
         port = taken.getsockname()[1]
         cases = [
             (2, ["--host", "0.0.0.0"], "no API key"), (2, ["--port", "99999"], "--port"), (2, ["--port", "x"], "x"),
-            (2, ["--max-queue", "-1"], "-1"), (2, ["--api-key", "ü"], "--api-key"), (2, ["--frobnicate"], "frob"),
+            (2, ["--max-queue", "-1"], "'-1'; expected a whole number, 0 or more"),
+            (2, ["--api-key", "ü"], "--api-key"), (2, ["--frobnicate"], "frob"),
             (3, ["--port", str(port)], "Address already in use"),
             (3, ["--host", "no.such.host.invalid", "--api-key", "x"], "no.such"),
             (2, ["--fetch-from", "a b"], "a b"), (5, ["--model", "/nowhere/at/all", "--port", "0"], "nowhere"),
@@ -195,6 +201,32 @@ def test_pictures_are_fetched_from_listed_hosts_only():
     for url in ("http://example.com/a.png", "http://example.org.evil.com/", "http://127.0.0.1/x", "http://[::1]/"):
         with pytest.raises(UsageError, match="not fetched from"):
             fetcher.fetch(url)
+
+
+def test_an_address_inside_is_asked_only_if_it_is_listed_itself():
+    class Picture(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "image/png")
+            self.end_headers()
+            self.wfile.write(b"picture")
+
+        def log_message(self, *_) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Picture) as inside:
+        thread = threading.Thread(target=inside.serve_forever)
+        thread.start()
+        url = f"http://{{}}:{inside.server_port}/a.png"
+        assert fetcher_from(["127.0.0.1"]).fetch(url.format("127.0.0.1")) == b"picture"
+        assert fetcher_from(["localhost", "127.0.0.1", "[::1]"]).fetch(url.format("localhost")) == b"picture"
+        for hosts in (["localhost"], ["localhost", "127.0.0.2"]):
+            with pytest.raises(UsageError, match="inside a network.*--fetch-from"):
+                fetcher_from(hosts).fetch(url.format("localhost"))
+        with pytest.raises(UsageError, match="not fetched from 127.0.0.1"):
+            fetcher_from(["127.0.0.2"]).fetch(url.format("127.0.0.1"))
+        inside.shutdown()
+        thread.join()
 
 
 def test_top_shows_the_servers_requests(server, capsys):

@@ -244,7 +244,7 @@ def test_the_command_ends_with_its_engine_and_says_why():
         os.kill(engine, signal.SIGKILL)
         assert server.end() == EnvironmentProblem.exit_code
         reader.join()
-        assert "engine_failed" in lines[-2] and "SIGKILL" in server.log[-1] and "Traceback" not in server.log[-1]
+        assert "engine_failed" in lines[-2] and "SIGKILL" in server.log[-1] and "Traceback" not in "".join(server.log)
     finally:
         server.child.kill()
 

@@ -1,0 +1,167 @@
+"""Who needs no key to do harm: slow and endless heads, more connections than files, and other people's web pages."""
+
+import asyncio
+import os
+import resource
+import socket
+import time
+
+import httpx
+import pytest
+
+from lite_llm.server import connections
+from tests.server.conftest import CHAT, PARIS, Running
+from tests.server.test_connections import LONG, raw
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nx: "
+HEALTH = b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def impatient(demo):
+    with pytest.MonkeyPatch.context() as patch, Running(demo) as running:
+        patch.setattr(connections, "_HEAD_DEADLINE", 0.3)
+        yield running
+
+
+def closed_after(connection: socket.socket, dripping: bytes = b"") -> float:
+    """Seconds until the server has closed it, while each 0.05 s a part of something is sent."""
+    start = time.monotonic()
+    connection.settimeout(0.05)
+    while time.monotonic() - start < 5:
+        try:
+            if not connection.recv(1 << 16):
+                break
+        except TimeoutError:
+            connection.sendall(dripping)
+        except OSError:
+            break
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("begun, dripping", [(b"", b""), (HEAD, b""), (HEAD, b"x"), (HEALTH + HEAD, b"x")])
+def test_a_head_that_does_not_end_ends_the_connection(impatient, begun, dripping):
+    with socket.create_connection(("127.0.0.1", impatient.port)) as slow:
+        slow.sendall(begun)
+        assert 0.25 < closed_after(slow, dripping) < 2
+    impatient.settle()
+
+
+def test_the_rest_of_a_refused_body_is_not_awaited_for_ever(impatient):
+    with socket.create_connection(("127.0.0.1", impatient.port)) as slow:
+        slow.sendall(b"POST /health HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n")
+        assert slow.recv(1 << 16).startswith(b"HTTP/1.1 405")
+        assert 0.25 < closed_after(slow, b"x") < 2
+
+
+def test_whoever_is_answered_has_time(impatient):
+    """An answer, and the pause between two requests, may take longer than a head."""
+    with raw(impatient, **LONG | {"max_tokens": 1500}) as patient:
+        start = time.monotonic()
+        assert patient.recv(1 << 16).startswith(b"HTTP/1.1 200") and time.monotonic() - start > 0.4
+        while patient.recv(1 << 16)[-1:] != b"}":
+            pass
+        time.sleep(0.4)
+        patient.sendall(HEALTH)
+        assert patient.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    impatient.settle()
+
+
+def test_a_head_has_an_end(impatient):
+    with socket.create_connection(("127.0.0.1", impatient.port)) as endless:
+        endless.sendall(HEAD)
+        start = time.monotonic()
+        with pytest.raises(OSError):
+            for _ in range(100):
+                endless.sendall(b"x" * 10_000)
+                time.sleep(0.001)
+        assert time.monotonic() - start < 0.25
+    impatient.settle()
+
+
+def test_heads_and_bodies_that_are_large_but_right_are_taken_one_after_another(impatient):
+    head = b"\r\nx: " + b"y" * 30_000
+    with socket.create_connection(("127.0.0.1", impatient.port)) as client:
+        answers = client.makefile("rb")
+        for _ in range(3):  # in two pieces each
+            client.sendall(b"GET /health HTTP/1.1\r\nhost: a" + head)
+            time.sleep(0.02)
+            client.sendall(head + b"\r\n\r\n")
+            assert b"200" in answers.readline() and length_read(answers)
+        client.sendall(b"POST /health HTTP/1.1\r\nhost: a\r\ncontent-length: 200000\r\n\r\n")
+        assert b"405" in answers.readline() and length_read(answers)
+        client.sendall(b"x" * 200_000)  # nobody reads it
+        client.sendall(HEALTH)
+        assert b"200" in answers.readline()
+
+
+def length_read(answers) -> bytes:
+    """The rest of an answer."""
+    size = 0
+    while line := answers.readline().strip():
+        if line.startswith(b"content-length: "):
+            size = int(line.split()[1])
+    return answers.read(size)
+
+
+def test_it_is_said_when_no_connection_can_be_taken(monkeypatch, caplog):
+    monkeypatch.setattr(connections, "_LOOK", 0.01)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+
+    async def watch() -> None:
+        watching = asyncio.ensure_future(connections.watch_files(listener))
+        await asyncio.sleep(0.05)
+        assert not caplog.records
+        for _ in range(2):
+            try:
+                while True:
+                    taken.append(os.dup(listener.fileno()))
+            except OSError:
+                await asyncio.sleep(0.05)  # several looks
+            while taken:
+                os.close(taken.pop())
+            await asyncio.sleep(0.05)
+        watching.cancel()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (listener.fileno() + 20, before[1]))
+        try:
+            asyncio.run(watch())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all("connections are refused" in one and "ulimit -n" in one for one in said)
+
+
+async def status(*hosts: str) -> tuple[int, str]:
+    async def app(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    sent: list[dict] = []
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"host", host.encode()) for host in hosts]}
+    await connections.for_this_machine(app)(scope, None, send)
+    return sent[0]["status"], b"".join(one.get("body", b"") for one in sent).decode()
+
+
+def test_without_a_key_only_names_of_this_machine_are_heard():
+    mine = ["localhost", "LocalHost:8000", "localhost.:80", "127.0.0.1", "127.0.0.1:8000", "127.9.9.9", "[::1]:8000"]
+    for host in mine + ["[::1]"]:
+        assert asyncio.run(status(host))[0] == 200, host
+    assert asyncio.run(status())[0] == 200, "no browser leaves it out"
+    theirs = ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1:80",
+              "[2001:db8::1]:80", "", ":80", "127.0.0.1@evil.example", "é"]  # fmt: skip
+    for hosts in [(host,) for host in theirs] + [("localhost", "evil.example")]:
+        code, said = asyncio.run(status(*hosts))
+        assert code == 421 and "--api-key" in said and '"wrong_host"' in said, hosts
+
+
+def test_no_address_is_made_of_a_host_that_the_client_names(server):
+    for path in ("/v1/models/", "/health/", "/v1/chat/completions/"):
+        answer = httpx.get(server.url + path, headers={"host": "evil.example"})
+        assert answer.status_code == 404 and "location" not in answer.headers
+    assert server.chat(messages=CHAT).json()["choices"][0]["message"]["content"] == PARIS
