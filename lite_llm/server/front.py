@@ -165,8 +165,9 @@ class Front:
             async with asyncio.timeout(_ANSWER):
                 replicas = await asyncio.to_thread(running_replicas)
         ready = replicas > 0 and not self.draining
-        told, later = {"status": "ok" if ready else "not ready", "replicas": replicas}, {"retry-after": str(RETRY_AFTER)}
-        return JSONResponse(told, 200) if ready else JSONResponse(told, 503, later)
+        told = {"status": "ok" if ready else "not ready", "replicas": replicas}
+        later = {} if ready else {"retry-after": str(RETRY_AFTER)}
+        return JSONResponse(told, 200 if ready else 503, later)
 
     async def _in_flight(self) -> Response:
         """Those of all replicas; figures are sums."""
