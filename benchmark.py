@@ -3,8 +3,6 @@
 from tools.needs import packages
 
 with packages():
-    import numpy  # noqa: F401 -- before torch, which warns at length if it is missing
-
     from tools.benchmark.main import main
 
 if __name__ == "__main__":

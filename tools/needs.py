@@ -11,6 +11,8 @@ from lite_llm.errors import EnvironmentProblem
 def packages() -> Iterator[None]:
     """One line and SystemExit(3) where a package is missing; SystemExit(130) for Ctrl-C, as torch takes seconds."""
     try:
+        import numpy  # noqa: F401 -- before torch, which warns at length if it is missing
+
         yield
     except ImportError as error:
         if (error.name or "").startswith(("lite_llm", "tools")):

@@ -61,7 +61,7 @@ def test_those_who_have_ended_are_not_remembered_until_their_deadline():
 def test_a_step_ends_who_is_late_before_it_plans(ahead, monkeypatch):
     """With the clock at its deadline a request takes part in no further step, and tokens under way are dropped."""
     now = [100.0]
-    monkeypatch.setattr(engines, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(engines, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
     rig = Rig(rows=2, step_tokens=8, slots=60, ahead=ahead)
     slow, other, queued = late([1] * 4, 101.0, 30), late([2] * 4, math.inf, 30), late([3] * 4, 100.5)
     for request in (slow, other, queued):

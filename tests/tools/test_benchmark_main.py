@@ -193,7 +193,7 @@ def test_a_reader_who_leaves_is_141_and_gets_the_files(tmp_path):
 def test_without_the_requirements_one_line_says_what_to_do(script):
     done = subprocess.run([sys.executable, "-S", ROOT / script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 3 and done.stdout == ""
-    assert done.stderr == "error: No module named 'torch': pip install -r requirements.txt\n"
+    assert done.stderr == "error: No module named 'numpy': pip install -r requirements.txt\n"
 
 
 def test_a_rerun_keeps_the_work_and_names_its_own_files(tmp_path):
