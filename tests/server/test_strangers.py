@@ -24,9 +24,8 @@ def impatient(demo):
         yield running
 
 
-def closed_after(connection: socket.socket, dripping: bytes = b"") -> float:
-    """Seconds until the server has closed it, while each 0.05 s a part of something is sent."""
-    start = time.monotonic()
+def closed_after(start: float, connection: socket.socket, dripping: bytes = b"") -> float:
+    """Seconds from `start` until the server has closed it, while each 0.05 s a part of something is sent."""
     connection.settimeout(0.05)
     while time.monotonic() - start < 5:
         try:
@@ -41,17 +40,19 @@ def closed_after(connection: socket.socket, dripping: bytes = b"") -> float:
 
 @pytest.mark.parametrize("begun, dripping", [(b"", b""), (HEAD, b""), (HEAD, b"x"), (HEALTH + HEAD, b"x")])
 def test_a_head_that_does_not_end_ends_the_connection(impatient, begun, dripping):
+    start = time.monotonic()
     with socket.create_connection(("127.0.0.1", impatient.port)) as slow:
         slow.sendall(begun)
-        assert 0.25 < closed_after(slow, dripping) < 2
+        assert 0.25 < closed_after(start, slow, dripping) < 4
     impatient.settle()
 
 
 def test_the_rest_of_a_refused_body_is_not_awaited_for_ever(impatient):
+    start = time.monotonic()
     with socket.create_connection(("127.0.0.1", impatient.port)) as slow:
         slow.sendall(b"POST /health HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n")
         assert slow.recv(1 << 16).startswith(b"HTTP/1.1 405")
-        assert 0.25 < closed_after(slow, b"x") < 2
+        assert 0.25 < closed_after(start, slow, b"x") < 4
 
 
 def test_whoever_is_answered_has_time(impatient):
@@ -66,7 +67,8 @@ def test_whoever_is_answered_has_time(impatient):
     impatient.settle()
 
 
-def test_a_head_has_an_end(impatient):
+def test_a_head_has_an_end(impatient, monkeypatch):
+    monkeypatch.setattr(connections, "_HEAD_DEADLINE", 60.0)
     with socket.create_connection(("127.0.0.1", impatient.port)) as endless:
         endless.sendall(HEAD)
         start = time.monotonic()
@@ -74,7 +76,7 @@ def test_a_head_has_an_end(impatient):
             for _ in range(100):
                 endless.sendall(b"x" * 10_000)
                 time.sleep(0.001)
-        assert time.monotonic() - start < 0.25
+        assert time.monotonic() - start < 30
     impatient.settle()
 
 
