@@ -27,9 +27,9 @@ MOST_REVEALED = 64
 class Scheduler:
     """Every step spends a budget of prompts' tokens, oldest request first; each request that decodes advances beside.
 
-    No decode ever waits for a prompt, and each prompt that was begun gets on.
-    Chunked prompts and mixed batches need no code of their own. When the pool is full, the youngest running request
-    gives its slots up and is computed again later; but first all give up what they do not need yet.
+    No decode ever waits for a prompt, and of the prompts that were begun the oldest always gets on. Chunked prompts and
+    mixed batches need no code of their own. When the pool is full, the youngest running request gives its slots up and
+    is computed again later; but first all give up what they do not need yet.
     """
 
     def __init__(

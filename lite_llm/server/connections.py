@@ -59,7 +59,7 @@ class Connection(AutoHTTPProtocol):
 
 
 async def watch_files(listener: socket.socket) -> None:
-    """Say when no further connection can be taken, which uvloop does not, and when it can again. Never returns."""
+    """Say when no further connection can be taken, which uvloop does not; once each time. Never returns."""
     full = False
     while True:
         try:

@@ -91,6 +91,19 @@ def test_an_engine_that_knows_its_shapes_holds_prompts_back_beside_decodes(slowd
     assert (second.output, second.finish_reason) == alone(second, 16)
 
 
+def test_an_engine_leaves_to_the_next_step_what_would_be_computed_among_pads():
+    rig = Rig(slots=900, rows=4, step_tokens=512, max_len=400, padded=True)
+    first = rig.add([1, 2], max_tokens=50)
+    rig.step()
+    second = rig.add([i % 16 for i in range(280)], max_tokens=2)
+    rig.step()
+    assert first.decoding and second.cached == 256
+    rig.step()
+    assert second.cached == 280
+    rig.run()
+    assert (second.output, second.finish_reason) == alone(second, 16)
+
+
 def config_of(max_len: int) -> ModelConfig:
     return dataclasses.replace(tiny_config(200, max_len), hidden=64, head_dim=16, rope=Rope(theta=100.0, rotary=16))
 
