@@ -1,10 +1,12 @@
 """One answer on its way from token ids to text."""
 
+import time
 from collections import deque
+from collections.abc import Sequence
 
 from lite_llm.engine.engine import Engine
 from lite_llm.engine.request import Request
-from lite_llm.outputs import Choice, Delta
+from lite_llm.outputs import Choice, Delta, Output, Timings, Usage
 from lite_llm.text import Detokenizer, StopMatcher, Tokenizer
 
 
@@ -16,27 +18,29 @@ class Answer:
         self.text: list[str] = []
         self.told = 0  # output tokens already turned into text
         self.finish_reason: str | None = None
-        self.news: deque[Delta] = deque()
+        self.news: deque[Delta] | None = None  # for whom others may step in between; kept if it is there
 
     def advance(self, engine: Engine) -> Delta | None:
         """Turn new tokens into text; None if nothing happened. A stop string ends the request here."""
-        request = self.request
+        request, reason = self.request, self.request.finish_reason
         fresh = request.ids[request.prompt_len + self.told :]
-        if self.finish_reason is not None or (not fresh and request.finish_reason is None):
+        if self.finish_reason is not None or (not fresh and reason is None):
             return None
-        ended = request.finish_reason is not None
-        spoken = fresh[:-1] if ended and request.finish_reason == "stop" and fresh else fresh
+        spoken = fresh[:-1] if reason == "stop" else fresh
         logprobs = tuple(request.logprobs[self.told : self.told + len(spoken)]) if request.logprobs else ()
         self.told += len(fresh)
-        text = self.stops.add(self._text(spoken, last=ended))
+        text = self.stops.add(self._text(spoken, last=reason is not None))
         if self.stops.stopped is not None:
             engine.abort(request, "stop")
-        elif ended:
+            reason = "stop"
+        elif reason is not None:
             text += self.stops.finish()
-        self.finish_reason = "stop" if self.stops.stopped is not None else request.finish_reason
+        self.finish_reason = reason
         self.text.append(text)
-        self.news.append(Delta(self.name, self.index, text, tuple(fresh), self.finish_reason, logprobs))
-        return self.news[-1]
+        delta = Delta(self.name, self.index, text, tuple(fresh), reason, logprobs)
+        if self.news is not None:
+            self.news.append(delta)
+        return delta
 
     def _text(self, tokens: list[int], last: bool) -> str:
         if self.detokenizer is None:
@@ -52,3 +56,23 @@ class Answer:
             self.index, "".join(self.text), tuple(request.output), self.finish_reason or "", stop, request.params.seed,
             tuple(request.logprobs),
         )  # fmt: skip
+
+
+def output_of(answers: Sequence[Answer]) -> Output:
+    """What the answers to one prompt have come to so far."""
+    requests = [answer.request for answer in answers]
+    first, now = requests[0], time.monotonic()
+    latency = (first.first_token or now) - first.arrived
+    decoding = (first.ended or now) - first.arrived - latency
+    rate = (first.output_len - 1) / decoding if first.output_len > 1 and decoding > 0 else 0.0
+    spent = max(request.ended or now for request in requests) - first.arrived
+    queued = (first.admitted or first.ended or now) - first.arrived
+    return Output(
+        id=answers[0].name,
+        prompt_ids=tuple(first.ids[: first.prompt_len]),
+        choices=tuple(answer.choice() for answer in answers),
+        usage=Usage(first.prompt_len, first.prefix_hit, sum(request.output_len for request in requests)),
+        timings=Timings(latency, spent, rate, queued),
+        params=first.params,
+        prompt_logprobs=tuple(first.prompt_logprobs),
+    )

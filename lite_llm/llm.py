@@ -4,8 +4,8 @@ import dataclasses
 import gc
 import itertools
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy  # noqa: F401 -- before torch, which warns at length if it is missing
 import torch
 
-from lite_llm.answer import Answer
+from lite_llm.answer import Answer, output_of
 from lite_llm.config import EngineConfig, HFConfig
 from lite_llm.engine.build import Blueprint
 from lite_llm.engine.engine import Engine
@@ -23,7 +23,7 @@ from lite_llm.engine.warm import Say, Warmth, warm_up
 from lite_llm.errors import BadCheckpoint, UsageError, shown
 from lite_llm.jsonfile import read_object
 from lite_llm.models import registry, shapes
-from lite_llm.outputs import Delta, InFlight, Output, Timings, Usage
+from lite_llm.outputs import Delta, InFlight, Output
 from lite_llm.prompts import Encoded, Message, Prompt, Reader
 from lite_llm.text import Tokenizer
 from lite_llm.text.fetch import Fetcher, Gone
@@ -124,6 +124,7 @@ class LLM:
         self.plan, self.cfg = self._blueprint.plan, self._blueprint.cfg
         self.eos_ids: set[int] = set()
         self._streams: dict[str, list[Answer]] = {}
+        self._answers: dict[Request, Answer] = {}  # the same
         self._unsaid: list[Delta] = []
         self._names = itertools.count(1)
         say(str(self.plan))
@@ -143,7 +144,7 @@ class LLM:
         """Free the model's and the pool's memory. Answers in progress are lost; calling it twice is fine."""
         if self._engine is not None:
             self._engine.finish()
-        self._engine, self._streams = None, {}
+        self._engine, self._streams, self._answers = None, {}, {}
         gc.collect()
         if self._blueprint.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -197,8 +198,9 @@ class LLM:
         try:
             for prompt, wish in zip(prompts, params, strict=True):
                 names.append(self.add_request(prompt, wish))
-            while not all(self.finished(name) for name in names):
-                self.step()
+            for name in names:
+                while not self.finished(name):
+                    self.step()
             return [self.result(name) for name in names]
         finally:
             for name in names:
@@ -209,9 +211,11 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """The answer to a prompt or conversation, piece by piece. Leaving the loop early ends the request."""
         name = self.add_request(prompt, params)
+        for answer in self._find(name):
+            answer.news = deque()
         try:
             while True:  # others may step between two pieces, so what is queued comes first
-                while news := next((stream.news for stream in self._find(name) if stream.news), None):
+                while news := next((answer.news for answer in self._find(name) if answer.news), None):
                     yield news.popleft()
                 if self.finished(name):
                     return
@@ -255,16 +259,23 @@ class LLM:
                 self.engine.abort(stream.request)
             raise
         self._streams[name] = streams
+        self._answers |= {stream.request: stream for stream in streams}
         return name
 
     def step(self) -> list[Delta]:
         """Advance everything that is queued by one step; returns what is new, answers that ended included."""
         try:
-            self.engine.step()
-        finally:  # a failed step ends its requests, and their streams must hear of it
-            news = [stream.advance(self.engine) for streams in self._streams.values() for stream in streams]
-            self._unsaid += [delta for delta in news if delta is not None]
+            spoken = self.engine.step()
+        except BaseException:  # a failed step ends its requests, and their answers must hear of it
+            self._hear(list(self._answers))
+            raise
+        self._hear(spoken)
         return self.unsaid()
+
+    def _hear(self, requests: Iterable[Request]) -> None:
+        """Turn what these have got into text."""
+        news = [self._answers[request].advance(self.engine) for request in requests]
+        self._unsaid += [delta for delta in news if delta is not None]
 
     def unsaid(self) -> list[Delta]:
         """What a `step` that raised could not return; the next one would."""
@@ -283,27 +294,14 @@ class LLM:
 
     def result(self, id: str) -> Output:
         """What a request has given so far; complete once it is `finished`."""
-        streams = self._find(id)
-        first = streams[0].request
-        spent = max((s.request.ended or time.monotonic()) for s in streams) - first.arrived
-        latency = (first.first_token or time.monotonic()) - first.arrived
-        decoding = (first.ended or time.monotonic()) - first.arrived - latency
-        rate = (first.output_len - 1) / decoding if first.output_len > 1 and decoding > 0 else 0.0
-        return Output(
-            id=id,
-            prompt_ids=tuple(first.ids[: first.prompt_len]),
-            choices=tuple(stream.choice() for stream in streams),
-            usage=Usage(first.prompt_len, first.prefix_hit, sum(s.request.output_len for s in streams)),
-            timings=Timings(latency, spent, rate, (first.admitted or first.ended or time.monotonic()) - first.arrived),
-            params=first.params,
-            prompt_logprobs=tuple(first.prompt_logprobs),
-        )
+        return output_of(self._find(id))
 
     def forget(self, id: str) -> None:
         """Drop a request, ending it if need be."""
         if self._engine is not None:
             self.abort(id)
-        self._streams.pop(id, None)
+        for stream in self._streams.pop(id, ()):
+            del self._answers[stream.request]
 
     def in_flight(self) -> InFlight:
         """Every request that is not forgotten, and the use of the pool, as they are now.

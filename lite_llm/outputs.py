@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lite_llm.engine.request import Request, SamplingParams, TokenLogprobs
 
@@ -15,8 +15,7 @@ CELLS = 256
 """Most cells of a map of the pool: 0.3 ms for a million slots, 2 KB as JSON."""
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """What one step added to one answer; the last one of an answer has a `finish_reason`."""
 
     id: str

@@ -6,6 +6,7 @@ they land, up to `ahead` steps later; what a request said beyond its end is then
 
 import contextlib
 import functools
+import itertools
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -194,21 +195,22 @@ class Engine:
         self.state.join([request for request in requests if request.written == 0])
         self.state.extend(requests)
         self.state.allow([request for request, n in plan if request.constraint is not None and n == request.pending])
-        rows = [request.row for request, _ in plan if request.decoding]
-        prompts = [_piece(request, n) for request, n in plan[len(rows) :]]
-        tokens = sum(n for _, n in plan) - len(rows)
+        rows = [request.row for request in requests if request.decoding]
+        pieces = plan[len(rows) :]
+        prompts = [_piece(request, n) for request, n in pieces]
+        tokens = sum(n for _, n in pieces)
         shape = self.runner.fit(len(rows), len(prompts), tokens)
         adjusted = any(request.adjusted for request in requests)
         start = time.perf_counter()
         self.runner.send(shape, rows, prompts)
-        self.runner.run(shape, adjusted, reveal=any(request.revealing for request in requests))
+        self.runner.run(shape, adjusted, reveal=any(request.revealing for request, _ in pieces))
         if self.stream is None:
             self.pace.note(len(rows), tokens, time.perf_counter() - start)
         # Decodes come first in plan and batch; the prompts stand behind the pads of the decodes.
-        places = [i if i < len(rows) else i - len(rows) + shape.decodes for i in range(len(plan))]
-        sampled = [(r, place) for (r, n), place in zip(plan, places, strict=True) if n == r.pending]
+        places = itertools.chain(range(len(rows)), range(shape.decodes, shape.requests))
+        sampled = [(r, place) for (r, n), place in zip(plan, places) if n == r.pending]
         logprobs = self._logprobs(sampled) if any(r.params.logprobs is not None for r, _ in sampled) else None
-        revealed = self._revealed(plan[len(rows) :])
+        revealed = self._revealed(pieces)
         landed = torch.cuda.Event() if self.stream else None
         if landed:
             landed.record()

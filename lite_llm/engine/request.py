@@ -180,6 +180,9 @@ class Request:
     deadline: float | None = None  # moment of `time.monotonic` at which it ends, wherever it is
     constraint: Constraint | None = None  # its own state of `params.grammar`, for it follows `ids`
     prompt_len: int = -1
+    min_len: int = field(init=False)
+    """Tokens, prompt and answer together, that it has when a stop token may first end it. Under a constraint any stop
+    token that was sampled does: what is sent as allowed has none where it is too early."""
     cached: int = 0  # tokens whose K and V are in the pool, or will be by the steps under way
     flying: int = 0  # tokens that the steps under way will bring
     slots: list[int] = field(default_factory=list)  # where the cached tokens are, in order, and the next ones will be
@@ -201,8 +204,13 @@ class Request:
     def __post_init__(self):
         if self.prompt_len < 0:
             self.prompt_len = len(self.ids)
-        if self.params.grammar is not None and self.constraint is None:
-            self.constraint = self.params.grammar.start()
+        p = self.params
+        if p.grammar is not None and self.constraint is None:
+            self.constraint = p.grammar.start()
+        self.min_len = self.prompt_len + (p.min_tokens if self.constraint is None else 0)
+        self._always_adjusted = (
+            p.penalized or bool(p.logit_bias) or p.logprobs is not None or self.constraint is not None
+        )
 
     @property
     def output(self) -> list[int]:
@@ -238,14 +246,6 @@ class Request:
         return len(self.ids) + self.flying - self.cached
 
     @property
-    def min_len(self) -> int:
-        """Tokens, prompt and answer together, that it has when a stop token may first end it.
-
-        Under a constraint any stop token that was sampled does: what is sent as allowed has none where it is too early.
-        """
-        return self.prompt_len + (self.params.min_tokens if self.constraint is None else 0)
-
-    @property
     def unread(self) -> bool:
         """Whether what it may say next depends on a token that is still on its way."""
         return self.constraint is not None and self.flying > 0
@@ -258,8 +258,9 @@ class Request:
     @property
     def revealing(self) -> bool:
         """Whether the logits of the tokens that it computes next are wanted, for they tell the prompt's logprobs."""
-        wanted = self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len - 1
-        return wanted and self.cached + 1 < self.prompt_len
+        if self.cached + 1 >= self.prompt_len or self.params.prompt_logprobs is None:
+            return False
+        return len(self.prompt_logprobs) < self.prompt_len - 1
 
     @property
     def satisfied(self) -> bool:
@@ -281,9 +282,7 @@ class Request:
     @property
     def adjusted(self) -> bool:
         """Whether its next token takes more than the model's logits as they are."""
-        p = self.params
-        few = len(self.ids) + self.flying < self.min_len
-        return p.penalized or few or bool(p.logit_bias) or p.logprobs is not None or self.constraint is not None
+        return self._always_adjusted or len(self.ids) + self.flying < self.min_len
 
     def append(self, token: int) -> None:
         """Add a sampled token and end the request if that was its last. -1 is a row without a usable logit."""

@@ -96,25 +96,28 @@ class Scheduler:
         return ended
 
     def plan(self) -> Plan:
-        plan: Plan = []
-        spare, prompts = self._spare(), self.prompts
+        decodes: Plan = []
+        prompts: Plan = []
+        spare = self._spare()
         for request in list(self.running):
-            if request.row is None or request.satisfied or request.unread or not (request.decoding or prompts):
+            if request.row is None or request.satisfied or request.unread:
                 continue  # preempted for an older one this step, or done but for its last token, or not now
-            n = self._grow(request, 1 + spare)
-            if n:
-                plan.append((request, n))
+            if request.decoding:
+                if self._grow(request, 1):
+                    decodes.append((request, 1))
+            elif len(prompts) < self.prompts and (n := self._grow(request, 1 + spare)):
+                prompts.append((request, n))
                 spare -= n - 1
-                prompts -= not request.decoding
-        while self.waiting and self.free_rows and spare > 0 and prompts and self._admit(self.waiting[0]):
+        while self.waiting and self.free_rows and spare > 0 and len(prompts) < self.prompts:
+            if not self._admit(self.waiting[0]):
+                break
             request = self.waiting.popleft()
             n = self._grow(request, spare)
-            plan.append((request, n))
+            (decodes if request.decoding else prompts).append((request, n))
             spare -= n
-            prompts -= not request.decoding
         if any(len(request.slots) > request.written for request in self.running):
             self._stock()
-        return self._filled(sorted(plan, key=lambda entry: not entry[0].decoding))
+        return decodes + self._filled(prompts, len(decodes))
 
     def launched(self, plan: Plan) -> None:
         """The step is on its way. It will bring a token to each request that has then computed all its tokens."""
@@ -167,26 +170,24 @@ class Scheduler:
 
     def _spare(self) -> int:
         """Tokens of a step beyond one for each running request."""
-        decodes = sum(r.decoding for r in self.running)
-        reading = len(self.running) - decodes
-        spare = self.step_tokens - reading
+        reading = [r for r in self.running if not r.decoding]
+        decodes, spare = len(self.running) - len(reading), self.step_tokens - len(reading)
         if self.beside is not None and decodes and (reading or self.waiting):
-            spare = min(spare, max(self.beside(decodes) - reading, 0))
-        if any(r.revealing for r in itertools.chain(self.running, itertools.islice(self.waiting, self.prompts))):
-            spare = min(spare, max(MOST_REVEALED - reading, 0))
+            spare = min(spare, max(self.beside(decodes) - len(reading), 0))
+        if any(r.revealing for r in itertools.chain(reading, itertools.islice(self.waiting, self.prompts))):
+            spare = min(spare, max(MOST_REVEALED - len(reading), 0))
         return spare
 
-    def _filled(self, plan: Plan) -> Plan:
+    def _filled(self, prompts: Plan, decodes: int) -> Plan:
         """Without those of the last tokens that `fill` leaves to the next step; their slots are kept."""
-        decodes = sum(request.decoding for request, _ in plan)
-        tokens = sum(n for _, n in plan[decodes:])
+        tokens = sum(n for _, n in prompts)
         excess = tokens - self.fill(decodes, tokens) if tokens and self.fill else 0
         while excess:
-            request, n = plan.pop()
+            request, n = prompts.pop()
             if n > excess:
-                plan.append((request, n - excess))
+                prompts.append((request, n - excess))
             excess -= min(n, excess)
-        return plan
+        return prompts
 
     @property
     def _full(self) -> bool:
@@ -213,7 +214,9 @@ class Scheduler:
 
     def _grow(self, request: Request, limit: int) -> int:
         """Give a request slots for its next tokens, at most `limit`; returns how many, 0 if it had to give way."""
-        have = len(request.slots) - request.cached
+        have, wanted = len(request.slots) - request.cached, min(request.pending, limit)
+        if wanted <= have:
+            return wanted
         if not have and self._full:
             self._unstock()
         while not have and self._full:
@@ -221,8 +224,8 @@ class Scheduler:
             self._preempt(youngest)
             if youngest is request:
                 return 0
-        n = min(request.pending, limit, have + self.slots.free_count + self.prefix.evictable)
-        need = max(n - have, 0)
+        n = min(wanted, have + self.slots.free_count + self.prefix.evictable)
+        need = n - have
         if need > self.slots.free_count:
             self.slots.free(self.prefix.evict(need - self.slots.free_count))
         request.slots += self.slots.alloc(need, after=request.slots[-1] if request.slots else None)

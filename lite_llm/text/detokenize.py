@@ -8,7 +8,7 @@ byte tokens until another token ends it, and one trailing U+FFFD, which may be t
 are whole characters, though, and where the last text was whole too, what they add is looked up.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from lite_llm.text.tokenizer import BYTE_TOKEN, Tokenizer
 
@@ -34,30 +34,27 @@ class Detokenizer:
         self._done = len(self._ids)  # the text of the tokens before it is returned, but for a trailing U+FFFD
         self._before: str | None = tokenizer.decode(self._ids)  # their text; None: not decoded, no U+FFFD at its end
         self._open = False  # the last token is a byte token
+        self._whole = _whole(self._before)  # some text has been returned, and nothing is held back
 
-    def add(self, token_ids: Iterable[int]) -> str:
+    def add(self, token_ids: Sequence[int]) -> str:
         """Take the next output ids; returns the new text that no later token can change, often none."""
-        shown, rest = [], iter(token_ids)
-        for token in rest:
-            text = self._tokenizer.plain_text(token) if self._is_whole() else ""
+        shown, ids = "", self._ids
+        for at, token in enumerate(token_ids):
+            text = self._tokenizer.plain_text(token) if self._whole else ""
             if not text:
-                return "".join(shown) + self._add([token, *rest])
-            self._ids = [*self._ids[1 - _WINDOW :], token]
-            self._done, self._before = len(self._ids), None
-            shown.append(text)
-        return "".join(shown)
+                return shown + self._add(token_ids[at:])
+            if len(ids) >= 2 * _WINDOW:
+                del ids[:_WINDOW]
+            ids.append(token)
+            self._done, self._before = len(ids), None
+            shown += text
+        return shown
 
     def finish(self) -> str:
         """The output has ended: returns what was held back. Nothing may be added after it."""
         text = self._tokenizer.decode(self._ids)[_settled(self._decoded()) :]
         self._ids, self._before = [], ""
         return text
-
-    def _is_whole(self) -> bool:
-        """Whether some text has been returned, and nothing is held back."""
-        if self._before is None:
-            return not self._open and len(self._ids) == self._done
-        return bool(self._before) and _settled(self._before) == len(self._before) and len(self._ids) == self._done
 
     def _decoded(self) -> str:
         if self._before is None:
@@ -71,6 +68,7 @@ class Detokenizer:
                 self._ids.append(token)
                 self._open = BYTE_TOKEN.fullmatch(piece) is not None
         if self._open or len(self._ids) == self._done:
+            self._whole = self._whole and not self._open
             return ""
         after = self._tokenizer.decode(self._ids)
         text = after[_settled(self._decoded()) : _settled(after)]
@@ -79,7 +77,7 @@ class Detokenizer:
             window = self._tokenizer.decode(self._ids[-_WINDOW:])
             if window:  # without text it would not show whether the decoder has dropped the first space
                 self._ids, self._before = self._ids[-_WINDOW:], window
-        self._done = len(self._ids)
+        self._done, self._whole = len(self._ids), _whole(self._before)
         return text
 
     def _context(self, prompt_ids: Sequence[int]) -> list[int]:
@@ -88,6 +86,10 @@ class Detokenizer:
         while pieces and BYTE_TOKEN.fullmatch(pieces[-1][1]):
             pieces.pop()
         return [token for token, _ in pieces][-_WINDOW:]
+
+
+def _whole(text: str) -> bool:
+    return bool(text) and not text.endswith("\ufffd")
 
 
 def _settled(text: str) -> int:
