@@ -5,13 +5,14 @@
 "mixed": 256 requests, inputs of 64 to 512 tokens, outputs of 32 to 256, as vLLM's figures were taken. "chat": requests
 whose lengths are spread as those of conversations are (inputs of 215 tokens in the mean, outputs of 197), once with
 continuous batching and once in batches that wait for their longest answer. The limit is the sum over the steps that
-were run, each at the memory's or the matmuls' rate of this run, class by class. "idle" is the GPU's share of time with
-nothing to do while requests join and leave. 256 requests at a time, random weights, no prefix cached; a shape counts
-only if its tokens are those of an engine without CUDA graphs, up to rounding. Exit code 1 where they are not.
+were run, each at the memory's or the matmuls' rate of this run, class by class. "idle" is the share of time in which no
+step runs while requests join and leave. 256 requests at a time, random weights, no prefix cached; a shape counts only
+if its tokens are those of an engine without CUDA graphs, up to rounding. Exit code 1 where they are not.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -33,7 +34,6 @@ from lite_llm.engine.roofline import Ceilings, step_costs
 from lite_llm.engine.scheduler import Plan
 from lite_llm.models import shapes
 from tools import bench_peers as peers
-from tools.bench_engine import idle_shares, kernels
 from tools.benchmark.work import Lengths
 from tools.environment import environment
 
@@ -44,7 +44,7 @@ CHAT = "lognormal:143:0.9", "lognormal:131:0.9"
 VLLM_MIXED = {"llama-3.2-1b": (37_129, 1.4), "qwen2.5-3b": (19_671, 1.4), "llama-3.1-8b": (9_342, 1.15)}
 """Output tokens per second, as `peers.VLLM_SOURCE` but for the lengths, and how many times that we mean to reach."""
 LIMIT_GOALS = {"llama-3.2-1b": 0.60, "llama-3.1-8b": 0.70}
-LEAD, PROFILED = 120, 60  # steps before the profiler looks, and while it does
+LEAD, WATCHED = 120, 300  # steps until all rows are taken, and steps that are looked at while requests still wait
 
 
 class Advance(NamedTuple):
@@ -159,21 +159,32 @@ def measured(shape: str, options: dict, requests: int, rounds: int, roof: Ceilin
 
 
 def joins(llm: LLM, load: Load) -> dict:
-    """How much the GPU is idle while requests leave and others join."""
+    """How much of the time the GPU runs no step while requests leave and others join: between the end of one step's
+    graph and the start of the next one's, small edits of the device's tables included. A profiler would slow it down.
+    """
     names = [llm.add_request(ids, peers.wish(False, new)) for ids, new in zip(load.prompts, load.new)]
-    ended = 0
+    run, marks, ended = llm.engine.runner.run, [], 0
 
-    def step() -> None:
-        nonlocal ended
-        ended += sum(delta.finish_reason is not None for delta in llm.step())
+    def marked(*given, **options) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(*given, **options)
+        end.record()
+        marks.append((start, end))
 
     for _ in range(LEAD):
-        step()
-    ended = 0
-    found = idle_shares(kernels(step, PROFILED)) | {"steps": PROFILED, "left": ended}
+        llm.step()
+    llm.engine.runner.run = marked
+    try:
+        for _ in range(WATCHED):
+            ended += sum(delta.finish_reason is not None for delta in llm.step())
+    finally:
+        del llm.engine.runner.run
+    llm.engine.stream.synchronize()
     for name in names:
         llm.forget(name)
-    return found
+    gaps = [end.elapsed_time(start) for (_, end), (start, _) in itertools.pairwise(marks)]
+    return {"idle": sum(gaps) / marks[0][0].elapsed_time(marks[-1][1]), "steps": len(marks), "left": ended}
 
 
 def table(record: dict) -> Table:

@@ -58,7 +58,7 @@ def tiles(head_dim: int, itemsize: int, capability: int, requests: int) -> Tiles
     if wide == 128:
         return Tiles(32, 8, 3, 2) if capability == 120 else Tiles(64, 4, 3, 2 if large else 1)
     if wide == 64 and requests > FEW and capability == 90:  # on an H200, 64 keys at a time are slower by up to a half
-        return Tiles(128, 4, 3, 2) if requests > SOME else Tiles(128, 8, 3, 1, least=2)
+        return Tiles(128, 4, 2, 3) if requests > SOME else Tiles(128, 8, 3, 1, least=2)
     return Tiles(64, 8 if wide == 64 and capability >= 100 else 4, 3, 3)
 
 
