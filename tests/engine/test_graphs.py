@@ -160,6 +160,28 @@ def test_no_step_waits_for_the_device():
 
 
 @pytest.mark.gpu
+def test_steady_steps_allocate_nothing():
+    """But for those that tell the device of new slots, one in thirty or so."""
+    config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=1500, context=300, max_requests=4, step_tokens=96)
+    engine = Blueprint(config_of(600), config).build(fill_)
+    engine.warm(lambda *_: None)
+    params = SamplingParams(max_tokens=200, temperature=0.0).resolved({})
+    requests = [Request(list(range(20 + i)), params, max_len=220 + i) for i in range(4)]
+    for request in requests:
+        engine.add(request)
+    for _ in range(10):
+        engine.step()
+    steady = 0
+    for _ in range(150):
+        slots, before = sum(len(r.slots) for r in requests), torch.cuda.memory_stats()["allocation.all.allocated"]
+        engine.step()
+        if sum(len(r.slots) for r in requests) == slots:
+            assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+            steady += 1
+    assert steady > 100
+
+
+@pytest.mark.gpu
 @torch.inference_mode()
 def test_a_replay_gives_the_bits_of_an_eager_step():
     torch.manual_seed(0)

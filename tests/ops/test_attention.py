@@ -276,15 +276,22 @@ def test_two_hundred_runs_give_one_result():
 
 
 @GPU
-def test_a_graph_replays_with_other_lengths():
+@pytest.mark.parametrize(
+    ("longest", "new", "others"),
+    [
+        ([600, 70, 300, 140], [1, 1, 1, 60], ([3, 70, 0, 61], [129, 1, 256, 60])),
+        ([131072, 131072], [1, 1], ([1, 70000],)),
+    ],
+)
+def test_a_graph_replays_with_other_lengths(longest, new, others):
     """The kernels read every length on the device, so one capture serves all."""
-    c = case([600, 70, 300, 140], [1, 1, 1, 60], 8, 2, 128, torch.bfloat16)
+    c = case(longest, new, 8, 2, 128, torch.bfloat16)
     c.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = c.run()
-    for lengths in ([600, 70, 300, 140], [3, 70, 0, 61], [129, 1, 256, 60]):
+    for lengths in (longest, *others):
         c.kv_len.copy_(torch.tensor(lengths))
         graph.replay()
         assert_close(got, c.run(reference.attend), exact(c))
