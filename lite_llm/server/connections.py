@@ -1,5 +1,5 @@
-"""Connections before anybody looks at a key: how long and how much one may say, whether it takes what it is sent, and by
-which name it asks for us."""
+"""Connections before anybody looks at a key: how long and how much one may say, that it takes what it asked for, and by
+which name it asks; and how many there may be."""
 
 import asyncio
 import contextlib
@@ -24,6 +24,7 @@ log = logging.getLogger("lite_llm")
 _HEAD_DEADLINE = 30.0  # seconds for a request's first line and headers, from the first moment or their first byte
 _MOST_HEAD = 64 << 10  # bytes of them
 _TAKE_DEADLINE = 60.0  # seconds in which a client must take something of what it has been sent
+_MOST_FILES = 1 << 16
 _LOOK = 1.0  # seconds between two looks at whether a connection could be taken
 
 
@@ -101,6 +102,16 @@ def _untaken(transport: asyncio.Transport) -> int:
     with contextlib.suppress(OSError):  # a platform that does not tell
         queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
     return transport.get_write_buffer_size() + struct.unpack("i", queued)[0]
+
+
+def allow_files() -> None:
+    """As many open files as this process may have, for each connection is one: often 1,024 are allowed at first, and
+    many more for the asking."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # a system with another limit beside this one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 async def watch_files(listener: socket.socket) -> None:

@@ -5,6 +5,8 @@ import contextlib
 import os
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ import httpx
 import pytest
 import uvicorn
 
+from lite_llm.cli import main
+from lite_llm.errors import EnvironmentProblem
 from lite_llm.server import connections
 from tests.server.conftest import CHAT, PARIS, Running
 from tests.server.test_connections import LONG, raw
@@ -199,6 +203,35 @@ def test_it_is_said_when_no_connection_can_be_taken(monkeypatch, caplog):
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and all("connections are refused" in one and "ulimit -n" in one for one in said)
+
+
+@pytest.mark.parametrize("soft, hard, most, want", [
+    (256, 1024, 65_536, 1024), (256, 1024, 700, 700), (800, 1024, 700, 800), (1024, 1024, 65_536, 1024),
+])  # fmt: skip
+def test_as_many_files_are_allowed_as_may_be(soft, hard, most, want):
+    """In a process of its own, which cannot have its hard limit back."""
+    program = f"""
+import resource
+from lite_llm.server import connections
+connections._MOST_FILES = {most}
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+connections.allow_files()
+print(resource.getrlimit(resource.RLIMIT_NOFILE))"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"({want}, {hard})"
+
+
+def test_serve_asks_for_files_first(capsys):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = min(512, before[1] - 1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as busy:
+            assert main(["serve", "--port", str(busy.getsockname()[1])]) == EnvironmentProblem.exit_code
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > few
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert "stop the other program" in capsys.readouterr().err
 
 
 async def status(*hosts: str) -> tuple[int, str]:
