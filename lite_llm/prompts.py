@@ -1,6 +1,7 @@
 """What callers ask, as token ids and pictures: the tokenizer, the chat template and the image processor in front."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from lite_llm.config import ModelConfig, VisionConfig
 from lite_llm.engine.request import Tiles
-from lite_llm.errors import UsageError
+from lite_llm.errors import SourceProblem, UsageError
 from lite_llm.text.images import MOST_TOGETHER, Picture, open_picture, take_pictures
 from lite_llm.text.processor import Processor, Receipt, Tower, expand
 from lite_llm.text.tools import takes_tools
@@ -74,7 +75,11 @@ class Reader:
         if isinstance(prompt, Encoded):
             return prompt
         ids, pictures = self._take(prompt, tools, gone)
-        return Encoded(ids, tuple((start, self._prepare(picture)) for start, picture in pictures))
+        made = []
+        for i, (start, picture) in enumerate(pictures, 1):
+            with _naming(i, len(pictures)):
+                made.append((start, self._prepare(picture)))
+        return Encoded(ids, tuple(made))
 
     def ids(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt; prepares no pixels."""
@@ -119,8 +124,9 @@ class Reader:
     def _open_all(self, sources: "Sequence[Source | Picture]", gone: "Gone | None") -> list[Picture]:
         """UsageError as soon as those that are decoded for this have too many pixels together."""
         pictures, left = [], MOST_TOGETHER
-        for source in sources:
-            pictures.append(picture := self.open(source, gone))
+        for i, source in enumerate(sources, 1):
+            with _naming(i, len(sources)):
+                pictures.append(picture := self.open(source, gone))
             if picture is not source:
                 left -= picture.size[0] * picture.size[1]
             if left < 0:
@@ -144,3 +150,14 @@ class Reader:
             made = self.check_vision().prepare(picture)
             self._tiles[picture] = Tiles(made.pixels, made.size, made.tokens, picture.digest)
         return self._tiles[picture]
+
+
+@contextlib.contextmanager
+def _naming(number: int, count: int) -> Iterator[None]:
+    """Of several pictures, an error says which one it is about."""
+    try:
+        yield
+    except (UsageError, SourceProblem) as error:
+        if count == 1:
+            raise
+        raise type(error)(f"picture {number} of {count}: {error.message}", error.hint) from error

@@ -31,14 +31,14 @@ _TALL = 10  # lines from which on there are a map and a hint
 _BAR = 40  # columns of a bar, at most
 _TOP = 40  # lines of /top, at most
 _GAP = "  "
-_STYLES = {
+_STYLES = {  # colours mean what they mean on the server's page
     "head": Style(bold=True),
-    "used": Style(color="cyan"),
-    "cached": Style(color="yellow"),
+    "used": Style(color="bright_blue"),
+    "kept": Style(color="cyan"),
     "dim": Style(dim=True),
     "waiting": Style(dim=True),
     "prompt": Style(color="yellow"),
-    "decoding": Style(color="cyan"),
+    "decoding": Style(color="bright_blue"),
     "done": Style(color="green"),
     "bad": Style(color="red"),
 }
@@ -156,7 +156,7 @@ def frame(now: InFlight, width: int, height: int, rate: float | None = None, blo
 
     If there are more answers than lines, the newest that run come first, then the next in line, then what has ended.
     """
-    lines: list[Line] = [[(line, "head")] for line in _packed(_head(now, rate), width)]
+    lines = _packed(_head(now, rate), width)
     if width >= _TITLED and height >= _TALL and now.slots_used + now.slots_cached:
         lines.append(_map(now.map, now.slots, width, blocks))
     titled = width >= _TITLED and bool(now.requests)
@@ -171,13 +171,14 @@ def frame(now: InFlight, width: int, height: int, rate: float | None = None, blo
     return lines[: max(height, 1)]
 
 
-def _head(now: InFlight, rate: float | None) -> list[str]:
+def _head(now: InFlight, rate: float | None) -> Line:
+    """What is said of the pool is the map's legend: in its colours."""
     done = sum(p.state == "done" for p in now.requests)
-    words = [f"{now.running} running", f"{now.waiting} waiting", f"{done} done"]
-    words.append(f"slots {now.slots_used:,} of {now.slots:,} ({now.slots_used / now.slots:.0%})")
+    words = [(text, "head") for text in (f"{now.running} running", f"{now.waiting} waiting", f"{done} done")]
+    words.append((f"{now.slots_used:,} of {now.slots:,} slots in use ({now.slots_used / now.slots:.0%})", "used"))
     if now.slots_cached:
-        words.append(f"{now.slots_cached:,} cached")
-    return words if rate is None else [*words, f"{rate:,.0f} tok/s"]
+        words.append((f"{now.slots_cached:,} kept", "kept"))
+    return words if rate is None else [*words, (f"{rate:,.0f} tok/s", "head")]
 
 
 def _map(cells: SlotMap, slots: int, width: int, blocks: bool) -> Line:
@@ -189,20 +190,23 @@ def _map(cells: SlotMap, slots: int, width: int, blocks: bool) -> Line:
         used, cached = sum(cells.used[first:end]), sum(cells.cached[first:end])
         room = min(end * cells.size, slots) - first * cells.size
         level = math.ceil((used + cached) / room * (len(levels) - 1))  # whatever there is shows
-        drawn.append((levels[level], "used" if used >= cached else "cached"))
+        drawn.append((levels[level], "used" if used >= cached else "kept"))
     runs = itertools.groupby(drawn, key=lambda column: column[1])
     return [("[", "dim"), *(("".join(level for level, _ in run), style) for style, run in runs), ("]", "dim")]
 
 
-def _packed(words: Sequence[str], width: int) -> list[str]:
+def _packed(words: Line, width: int) -> list[Line]:
     """Words side by side, as many in a line as fit."""
-    lines = [words[0]]
-    for word in words[1:]:
-        if len(lines[-1]) + len(_GAP) + len(word) <= width:
-            lines[-1] += _GAP + word
+    lines: list[Line] = []
+    left = 0
+    for word, style in words:
+        if lines and len(_GAP) + len(word) <= left:
+            lines[-1].append((_GAP + word, style))
+            left -= len(_GAP) + len(word)
         else:
-            lines.append(word)
-    return [line[:width] for line in lines]
+            lines.append([(word[:width], style)])
+            left = width - len(word)
+    return lines
 
 
 def _chosen(requests: Sequence[Progress], room: int) -> Sequence[Progress]:

@@ -81,6 +81,7 @@ def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
 def run(options: argparse.Namespace, screen: Screen, load: Callable[..., AbstractContextManager["RemoteLLM"]]) -> int:
     """`load` opens the model, once the address is taken."""
     try:
+        from lite_llm.server.connections import allow_files
         from lite_llm.server.loading import Loading
         from lite_llm.server.options import ServeOptions, fetcher_from, listen
         from lite_llm.text.decoders import Decoders
@@ -88,6 +89,7 @@ def run(options: argparse.Namespace, screen: Screen, load: Callable[..., Abstrac
         if (error.name or "").startswith("lite_llm"):
             raise
         raise EnvironmentProblem(f"{error}", "pip install -r requirements-serve.txt") from None
+    allow_files()
     given = {name: getattr(options, name) for name in _WISHES if getattr(options, name) is not None}
     wishes, fetcher = ServeOptions(**given), fetcher_from(options.fetch_from)
     if options.replicas > 1:

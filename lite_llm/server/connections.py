@@ -1,11 +1,16 @@
-"""Connections before anybody looks at a key: how long and how much one may say, and by which name it asks for us."""
+"""Connections before anybody looks at a key: how long and how much one may say, that it takes what it asked for, and by
+which name it asks; and how many there may be."""
 
 import asyncio
+import contextlib
 import errno
+import fcntl
 import ipaddress
 import logging
 import resource
 import socket
+import struct
+import termios
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,15 +23,19 @@ log = logging.getLogger("lite_llm")
 
 _HEAD_DEADLINE = 30.0  # seconds for a request's first line and headers, from the first moment or their first byte
 _MOST_HEAD = 64 << 10  # bytes of them
+_TAKE_DEADLINE = 60.0  # seconds in which a client must take something of what it has been sent
+_MOST_FILES = 1 << 16
 _LOOK = 1.0  # seconds between two looks at whether a connection could be taken
 
 
 class Connection(AutoHTTPProtocol):
-    """uvicorn's, which by itself waits for the end of a head for ever, and with httptools takes one of any size."""
+    """uvicorn's, which by itself waits for ever for the end of a head, and for a client to read its answer; and which
+    with httptools takes a head of any size."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._head_bytes = 0
+        self._taking: asyncio.TimerHandle | None = None
         self._end: asyncio.TimerHandle | None = self.loop.call_later(_HEAD_DEADLINE, self._late)
 
     def data_received(self, data: bytes) -> None:
@@ -44,8 +53,17 @@ class Connection(AutoHTTPProtocol):
             if self._head_bytes > _MOST_HEAD:
                 self.transport.close()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_taking()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_taking()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_end()
+        self._forget_taking()
         super().connection_lost(exc)
 
     def _late(self) -> None:
@@ -56,6 +74,44 @@ class Connection(AutoHTTPProtocol):
         if self._end is not None:
             self._end.cancel()
             self._end = None
+
+    def _watch_taking(self) -> None:
+        """Whatever ends a connection, it stays until the rest is taken: for ever, if nobody looks."""
+        self._forget_taking()
+        if self.transport.get_write_buffer_size():
+            self._taking = self.loop.call_later(_TAKE_DEADLINE, self._check_taken, _untaken(self.transport))
+
+    def _check_taken(self, before: int) -> None:
+        """Only where nothing was written meanwhile does what is left tell whether something was taken."""
+        over = self.flow.write_paused or self.cycle.response_complete or self.transport.is_closing()
+        if over and _untaken(self.transport) >= before:
+            self.transport.abort()
+        else:
+            self._watch_taking()
+
+    def _forget_taking(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
+
+
+def _untaken(transport: asyncio.Transport) -> int:
+    """Bytes that were written and have not reached the client, those in the kernel's queue included: that holds
+    megabytes, and whoever reads slowly takes long until there is room for more."""
+    queued = bytes(4)
+    with contextlib.suppress(OSError):  # a platform that does not tell
+        queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+    return transport.get_write_buffer_size() + struct.unpack("i", queued)[0]
+
+
+def allow_files() -> None:
+    """As many open files as this process may have, for each connection is one: often 1,024 are allowed at first, and
+    many more for the asking."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # a system with another limit beside this one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 async def watch_files(listener: socket.socket) -> None:

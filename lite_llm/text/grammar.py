@@ -4,8 +4,10 @@ A grammar is compiled for one model, in any thread and without holding Python up
 source while it is remembered. An answer then has a state of its own, which says token by token what may follow.
 """
 
+import importlib.metadata
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lite_llm")
 
+_OLDEST = "1.9"  # of llguidance, as in requirements-grammar.txt: earlier ones take one token that ends an answer
+_INSTALL = "pip install -r requirements-grammar.txt"
 _REMEMBERED = 64
 _MOST_SHOWN = 300  # characters of what llguidance says
 _NO_END = "it has no answer: a rule or $ref always leads back to itself, or no token of this model begins one"
@@ -91,7 +95,7 @@ class GrammarCompiler:
         """From what `source_of` takes: one of `json`, `regex`, `lark` and `choice`.
 
         UsageError says what is wrong or not supported, UnsupportedModel that this model cannot have grammars, and
-        EnvironmentProblem that llguidance is missing.
+        EnvironmentProblem that llguidance is missing or too old.
         """
         source = source_of(**wish)
         return self._named(*wish, source)
@@ -160,16 +164,23 @@ class GrammarCompiler:
     def _read_tokens(self) -> "llguidance.LLTokenizer":
         try:
             from llguidance import LLTokenizer
+
+            found = importlib.metadata.version("llguidance")
         except ImportError as error:
-            raise EnvironmentProblem(
-                f"grammars need llguidance: {error}", "pip install -r requirements-grammar.txt"
-            ) from None
+            raise EnvironmentProblem(f"grammars need llguidance: {error}", _INSTALL) from None
+        if _numbers(found) < _numbers(_OLDEST):
+            raise EnvironmentProblem(f"grammars need llguidance {_OLDEST} or newer; found {found}", _INSTALL)
         if not self._end_ids:
             raise UnsupportedModel("this checkpoint names no token that ends an answer; grammars need one")
         try:
             return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab, eos_token=self._end_ids)
         except ValueError as error:
             raise UnsupportedModel(f"llguidance cannot use this checkpoint's tokenizer: {_line(str(error))}") from None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor: (1, 9) for "1.9.0rc1"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _line(text: str) -> str:

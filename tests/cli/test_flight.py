@@ -1,16 +1,19 @@
 """Requests in flight on a terminal: what a frame shows, how often there is one, and what is left behind: nothing."""
 
+import colorsys
 import dataclasses
 import io
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
+from rich.color import Color
 from rich.console import Console
 
-from lite_llm.cli import commands
+from lite_llm.cli import commands, flight
 from lite_llm.cli.flight import FRAME, SHARE, FlightView, frame
 from lite_llm.cli.session import Session
 from lite_llm.engine.request import SamplingParams
@@ -90,7 +93,7 @@ def shown(engine: Engine, at: Console) -> list[str]:
 def test_a_wide_terminal_shows_all_there_is():
     head, drawn, titles, *rows = shown(Engine(), console(120))
     assert drawn == "[█▄  ▂▄    ]"
-    assert head == "2 running  1 waiting  1 done  slots 200 of 1,000 (20%)  24 cached"
+    assert head == "2 running  1 waiting  1 done  200 of 1,000 slots in use (20%)  24 kept"
     assert titles.split() == ["request", "state", "prompt", "cached", "answer", "slots", "first", "age"]
     assert [re.sub("[▒█░]+ *", "", row).split() for row in rows] == [
         ["request-1", "waiting", "0/100", "0", "0/50", "0", "250", "ms"],
@@ -105,7 +108,7 @@ def test_a_wide_terminal_shows_all_there_is():
 
 def test_forty_columns_are_enough():
     lines = shown(Engine(), console(40))
-    assert lines[:2] == ["2 running  1 waiting  1 done", "slots 200 of 1,000 (20%)  24 cached"]
+    assert lines[:2] == ["2 running  1 waiting  1 done", "200 of 1,000 slots in use (20%)  24 kept"]
     assert [line.split()[0::3] for line in lines[2:]] == [
         ["request-1", "0/50"], ["request-2", "0/100"], ["request-3", "50/100"], ["request-4", "100/100"],
     ]  # fmt: skip
@@ -175,9 +178,25 @@ def drawn(cells: SlotMap, slots: int, width: int = 80, **options) -> list[tuple[
 
 def test_the_map_shows_how_full_each_part_of_the_pool_is_and_of_what():
     cells = SlotMap(8, (8, 4, 1, 0, 0, 3), (0, 4, 7, 5, 0, 0))  # the last cell has three slots
-    assert drawn(cells, 43) == [("██", "used"), ("█▅", "cached"), (" █", "used")]
-    assert drawn(cells, 43, blocks=False) == [("@@", "used"), ("@+", "cached"), (" @", "used")]
-    assert drawn(SlotMap(1000, (1, 0), (0, 1)), 2000) == [("▁", "used"), ("▁", "cached")], "a single slot is seen"
+    assert drawn(cells, 43) == [("██", "used"), ("█▅", "kept"), (" █", "used")]
+    assert drawn(cells, 43, blocks=False) == [("@@", "used"), ("@+", "kept"), (" @", "used")]
+    assert drawn(SlotMap(1000, (1, 0), (0, 1)), 2000) == [("▁", "used"), ("▁", "kept")], "a single slot is seen"
+
+
+def test_the_words_about_the_pool_are_the_maps_legend():
+    head, pool, *_ = frame(NOW, 80, 20)
+    assert head[-2:] == [("  200 of 1,000 slots in use (20%)", "used"), ("  24 kept", "kept")]
+    assert {style for text, style in pool[1:-1] if text.strip()} <= {"used", "kept"}
+
+
+@pytest.mark.parametrize("name", ["used", "kept", "prompt"])
+def test_a_colour_means_the_same_on_the_page(name):
+    """Of hues, a sixth of the circle apart: a terminal has colours of its own."""
+    page = (Path(flight.__file__).parents[1] / "server" / "page.html").read_text()
+    ours = flight._STYLES[name].color.get_truecolor()
+    for theirs in re.search(rf"--{name}: light-dark\((#\w+), (#\w+)\)", page).groups():
+        hues = [colorsys.rgb_to_hsv(*rgb)[0] * 360 for rgb in (ours, Color.parse(theirs).get_truecolor())]
+        assert abs(hues[0] - hues[1]) < 30, hues
 
 
 @pytest.mark.parametrize("width", [60, 61, 100, 300])
@@ -196,7 +215,7 @@ def test_where_there_is_little_room_there_is_no_map():
 
 def test_nothing_in_flight_is_one_line():
     assert texts(InFlight((), 0, 0, 0, 0, 100, 0, SlotMap(10, (0,) * 10, (0,) * 10)), 80, 20) == [
-        "0 running  0 waiting  0 done  slots 0 of 100 (0%)"
+        "0 running  0 waiting  0 done  0 of 100 slots in use (0%)"
     ]
 
 
@@ -317,10 +336,10 @@ def test_ctrl_c_leaves_a_real_terminal_clean(tmp_path):
 def test_top_shows_the_last_answer_and_the_pool():
     with LLM(device="cpu") as llm:
         talk = Session(llm, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
-        assert commands.run(talk, "/top").startswith("0 running  0 waiting  0 done  slots 0 of ")
+        assert commands.run(talk, "/top").startswith("0 running  0 waiting  0 done  0 of ")
         output = talk.ask("What is the capital of France?", lambda text: None)
         head, pool, _, row = commands.run(talk, "/top").split("\n")
-        assert re.search(r"0 running  0 waiting  1 done .* \d+ cached", head)
+        assert re.search(r"0 running  0 waiting  1 done .* \d+ kept", head)
         assert re.fullmatch(r"\[ *▁ *\]", pool), "what it left in the cache"
         prompt = output.usage.prompt_tokens
         assert row.split()[:2] == [output.id, "done"] and f"{prompt}/{prompt}" in row and " 8/8 " in row

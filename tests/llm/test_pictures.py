@@ -10,10 +10,12 @@ from PIL import Image
 
 from lite_llm import SamplingParams
 from lite_llm.engine.request import Tiles
-from lite_llm.errors import ContextExceeded, UsageError
+from lite_llm.errors import ContextExceeded, SourceProblem, UsageError
 from lite_llm.llm import DEMO, LLM
 from lite_llm.models import tiling
-from lite_llm.prompts import Encoded
+from lite_llm.prompts import Encoded, Reader
+from lite_llm.text import processor
+from lite_llm.text.decoders import DecoderEnded
 from lite_llm.text.fetch import Fetcher
 from tests.close import DEVICE, exact_float32
 from tests.llm.conftest import joined, params
@@ -246,6 +248,34 @@ def test_what_cannot_be_used_leaves_nothing_behind(llm, tmp_path):
         with pytest.raises(error, match=said):
             llm.chat([[ask("Hello", noise(24, 24))], messages], params())
     assert llm.engine.idle
+
+
+def test_of_several_pictures_an_error_says_which(llm, monkeypatch):
+    """In the whole conversation, whether it cannot be opened, fetched, decoded or cut."""
+    good, thin = noise(24, 24), Image.new("1", (1, 60_000))
+
+    def ends(data, name):
+        raise DecoderEnded(f"{name} has killed its decoder", "send another")
+
+    class Away(Fetcher):
+        def fetch(self, url, gone=None):
+            raise SourceProblem(f"{url} cannot be reached", "try later")
+
+    reader = Reader(llm.name, llm.cfg, llm.tokenizer, llm._reader._processor, Away(), ends)
+    cases = [
+        ("nowhere.png", UsageError, "'nowhere.png': there is no such file: check the path"),
+        (b"no picture", DecoderEnded, "the picture has killed its decoder: send another"),
+        ("https://a.example/b.png", SourceProblem, "https://a.example/b.png cannot be reached: try later"),
+    ]
+    if not llm.cfg.vision.resolutions:  # LLaVA-NeXT's grids are of bearable sizes
+        monkeypatch.setattr(processor, "_MOST_BETWEEN", 1 << 20)
+        cases.append((thin, UsageError, "the picture is 1 x 60000 pixels; this model's processor would make"))
+    for bad, kind, said in cases:
+        first = [ask("Hello", good), {"role": "assistant", "content": "Yes."}]
+        for messages, which in [([ask("Hello", bad)], ""), ([*first, ask("And", bad, good)], "picture 2 of 3: ")]:
+            with pytest.raises(kind) as info:
+                reader.read(messages)
+            assert type(info.value) is kind and str(info.value).startswith(which + said), info.value
 
 
 def test_a_text_model_refuses_pictures():

@@ -1,14 +1,22 @@
 """Who needs no key to do harm: slow and endless heads, more connections than files, and other people's web pages."""
 
 import asyncio
+import contextlib
 import os
 import resource
 import socket
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
 
 import httpx
 import pytest
+import uvicorn
 
+from lite_llm.cli import main
+from lite_llm.errors import EnvironmentProblem
 from lite_llm.server import connections
 from tests.server.conftest import CHAT, PARIS, Running
 from tests.server.test_connections import LONG, raw
@@ -105,6 +113,68 @@ def length_read(answers) -> bytes:
     return answers.read(size)
 
 
+@contextlib.contextmanager
+def serving(app, loop: str) -> Iterator[tuple[uvicorn.Server, int]]:
+    """An app behind our connections, on asyncio's loop or uvloop's, and its port. The system keeps some 400 KB."""
+    config = uvicorn.Config(app, http=connections.Connection, lifespan="off", ws="none", log_config=None, loop=loop)
+    config.timeout_keep_alive = 1
+    http, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 200_000)
+    thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield http, listener.getsockname()[1]
+    finally:
+        http.should_exit = http.force_exit = True
+        thread.join()
+        listener.close()
+
+
+async def bytes_of(scope, receive, send) -> None:
+    """/whole/N: N bytes at once. /pieces/N: the last one when the others are taken. /broken/N: without the last one."""
+    _, how, size = scope["path"].split("/")
+    sizes = [int(size)] if how == "whole" else [int(size) - 1, 1]
+    head = [(b"content-length", size.encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    for i, size in enumerate(sizes[: 1 if how == "broken" else 2], 1):
+        await send({"type": "http.response.body", "body": bytes(size), "more_body": i < len(sizes)})
+
+
+def asking(port: int, path: str) -> socket.socket:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
+    client.connect(("127.0.0.1", port))
+    client.sendall(f"GET {path} HTTP/1.1\r\nhost: a\r\n\r\n".encode())
+    return client
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("how, sizes", [
+    ("whole", [900_000]), ("pieces", [900_000]), ("broken", [900_000]),
+    ("whole", range(300_000, 600_000, 30_000)),  # so that of some a little is left, which counts as sent
+])  # fmt: skip
+def test_an_answer_that_nobody_takes_is_not_kept(loop, how, sizes, monkeypatch):
+    monkeypatch.setattr(connections, "_TAKE_DEADLINE", 0.2)
+    with serving(bytes_of, loop) as (http, port), contextlib.ExitStack() as clients:
+        for size in sizes:
+            clients.enter_context(asking(port, f"/{how}/{size}"))
+        Running.until(lambda: len(http.server_state.connections) == len(sizes))
+        Running.until(lambda: not http.server_state.connections, 5.0)
+
+
+@pytest.mark.parametrize("loop, path", [("asyncio", "/pieces/700000"), ("uvloop", "/whole/700000")])
+def test_an_answer_that_is_taken_slowly_is_sent_whole(loop, path, monkeypatch):
+    """The system asks for more only when a third of what it keeps is gone: later than the deadline."""
+    monkeypatch.setattr(connections, "_TAKE_DEADLINE", 0.5)
+    with serving(bytes_of, loop) as (_, port), asking(port, path) as slow:
+        size = 0
+        with contextlib.suppress(ConnectionResetError):
+            while size < 700_000 and (part := slow.recv(1 << 14)):
+                size += len(part)
+                time.sleep(0.08)
+        assert size > 700_000, "with its head"
+
+
 def test_it_is_said_when_no_connection_can_be_taken(monkeypatch, caplog):
     monkeypatch.setattr(connections, "_LOOK", 0.01)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -133,6 +203,35 @@ def test_it_is_said_when_no_connection_can_be_taken(monkeypatch, caplog):
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and all("connections are refused" in one and "ulimit -n" in one for one in said)
+
+
+@pytest.mark.parametrize("soft, hard, most, want", [
+    (256, 1024, 65_536, 1024), (256, 1024, 700, 700), (800, 1024, 700, 800), (1024, 1024, 65_536, 1024),
+])  # fmt: skip
+def test_as_many_files_are_allowed_as_may_be(soft, hard, most, want):
+    """In a process of its own, which cannot have its hard limit back."""
+    program = f"""
+import resource
+from lite_llm.server import connections
+connections._MOST_FILES = {most}
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+connections.allow_files()
+print(resource.getrlimit(resource.RLIMIT_NOFILE))"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"({want}, {hard})"
+
+
+def test_serve_asks_for_files_first(capsys):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = min(512, before[1] - 1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as busy:
+            assert main(["serve", "--port", str(busy.getsockname()[1])]) == EnvironmentProblem.exit_code
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > few
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert "stop the other program" in capsys.readouterr().err
 
 
 async def status(*hosts: str) -> tuple[int, str]:

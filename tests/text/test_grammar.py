@@ -1,5 +1,6 @@
 """Grammars: whatever is drawn from what they allow is what was asked for, and what cannot be honoured is refused."""
 
+import importlib.metadata
 import json
 import random
 import re
@@ -300,4 +301,20 @@ def test_what_is_missing_is_said(compiler, monkeypatch, tmp_path):
         GrammarCompiler(Tokenizer.load(DEMO), 2048, []).compile(regex="a")
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(EnvironmentProblem, match="pip install -r requirements-grammar.txt"):
+        GrammarCompiler(Tokenizer.load(DEMO), 2048, [1]).compile(regex="a")
+
+
+@pytest.mark.parametrize("found", ["1.6.1", "0.10.1", "1.8.0rc1"])
+def test_a_version_that_is_too_old_is_named(found, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
+    want = rf"llguidance 1\.9 or newer; found {re.escape(found)}: pip install -r requirements-grammar.txt"
+    with pytest.raises(EnvironmentProblem, match=want):
+        GrammarCompiler(Tokenizer.load(DEMO), 2048, [1]).compile(regex="a")
+
+
+def test_versions_from_the_one_of_the_requirements_on_are_taken(monkeypatch):
+    required = (Path(lite_llm.__file__).parents[1] / "requirements-grammar.txt").read_text().strip()
+    assert required == f"llguidance>={grammar._OLDEST}"
+    for found in (grammar._OLDEST, "1.10.0", "2.0"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, found=found: found)
         GrammarCompiler(Tokenizer.load(DEMO), 2048, [1]).compile(regex="a")

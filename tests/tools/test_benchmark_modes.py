@@ -108,7 +108,17 @@ def test_what_was_timed_is_what_is_judged(made):
     sides[JUDGE].score = lambda pairs: [[0.5 if len(ids) + len(answer) > 30 else 0.0] for ids, answer in pairs]
     modes.latency(bench, [job(), job(3, 20, 12)], [OURS, JUDGE])
     assert [gate["wrong"] is None for gate in record.gates] == [True, False]
-    assert "0.5 nats" in record.refusal(row(record, OURS, prompt=20))
+    assert record.refusal(row(record, OURS, prompt=20)).startswith("greedy tokens, b3 in20 out12: a token is 0.5 nats")
+    short = row(record, OURS, prompt=8)
+    assert record.refusal(short) is None and list(record.comparisons(short)), "another work's answers are no reason"
+
+
+def test_each_work_is_refused_for_its_own_answers(made):
+    bench, record, sides, _ = made()
+    sides[JUDGE].score = lambda pairs: [[len(ids) / 10] for ids, _ in pairs]
+    modes.latency(bench, [job(), job(3, 20, 12)], [OURS, JUDGE])
+    why = {size: record.refusal(row(record, OURS, prompt=size)) for size in (8, 20)}
+    assert "b2 in8 out5: a token is 0.8 nats" in why[8] and "b3 in20 out12: a token is 2 nats" in why[20]
 
 
 def test_a_side_that_fails_is_left_out_and_the_rest_goes_on(made):
@@ -245,13 +255,15 @@ def test_a_wrong_token_refuses_an_ablation(made):
 
 
 def test_what_a_variant_is_compared_with_is_judged_too(made, monkeypatch):
-    """Its own tokens are wrong in one of two works here, and nobody's else are."""
+    """Its own tokens are wrong in the first of two works here, and nobody's else are."""
     bench, record, _, _ = made(max_requests=2)
     wrong, score = iter([0.3, 0.0, 0.0, 0.0]), bench.open(JUDGE).score
     monkeypatch.setattr(bench.sides[JUDGE], "score", lambda pairs: [[next(wrong)], *score(pairs)])
     ablated(bench)
-    refused = {row.work["variant"] for row in record.rows if record.refusal(row)}
-    assert refused == {"as it is"} and not any(list(record.comparisons(row)) for row in record.rows)
+    (refused,) = [row for row in record.rows if record.refusal(row)]
+    assert (refused.work["name"], refused.work["variant"]) == ("mixed", "as it is")
+    (compared,) = [row for row in record.rows if list(record.comparisons(row))]
+    assert compared.work["variant"] == "prefix cache", "the other work"
 
 
 def test_rungs_that_need_a_gpu_are_said_to_be_left_out(made):

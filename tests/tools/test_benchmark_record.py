@@ -146,6 +146,29 @@ def test_a_failed_gate_refuses_the_sides_it_is_about(gate, kept, with_theirs):
         assert found.refusal(ours) == "tokens: 3 differ"
 
 
+@pytest.mark.parametrize("name, kept", [("b1", 0), ("b16", 1)])
+@pytest.mark.parametrize("with_theirs", [True, False])
+@pytest.mark.parametrize("side", ["lite_llm", "transformers"])
+def test_a_gate_may_be_about_one_work(side, name, kept, with_theirs, tmp_path):
+    work = {"name": "b1", "lengths": (8, 9)}
+    ours, theirs = row(work=work), row(side="transformers", work=work)
+    found = record(ours, *[theirs] * with_theirs, path=tmp_path / "run.json")
+    found.add_gate({"name": "tokens", "wrong": "3 differ", "side": side, "work": ours.work | work | {"name": name}})
+    for one in (found, load(tmp_path / "run.json")):
+        assert len(list(one.comparisons(one.rows[0]))) == kept
+        assert one.refusal(one.rows[0]) == ("tokens: 3 differ" if side == "lite_llm" and not kept else None)
+
+
+def test_a_gate_about_a_work_is_about_all_variants_of_it_that_it_names():
+    full, less = (one for one in every_mode() if one.mode == "ablation")
+    work = {name: value for name, value in full.work.items() if name != "variant"}
+    gate = {"name": "tokens", "wrong": "3 differ", "work": work}
+    for side, refused in {"full": [full], "lite_llm": [full, less]}.items():
+        found = record(full, less, gates=[gate | {"side": side}])
+        assert [one for one in found.rows if found.refusal(one)] == refused
+        assert not list(found.comparisons(less))
+
+
 def test_a_variant_is_compared_with_the_row_of_the_other_variant():
     rows = [one for one in every_mode() if one.mode == "ablation"]
     (pair,) = record(*rows).comparisons(rows[1])
@@ -245,6 +268,7 @@ def test_percentiles_and_verdicts_are_checked(figure):
         (lambda d: d | {"limits": {"copy_tb_s": 1}}, "limits.matmul_tflops"),
         (lambda d: d | {"model": {}}, 'model = {}; expected an object with a "name"'),
         (lambda d: d | {"arguments": {}}, "arguments"), (lambda d: d | {"gates": [{}]}, "gates"),
+        (lambda d: d | {"gates": [{"name": "a", "wrong": None, "work": "b1"}]}, "gates"),
         (lambda d: d | {"rows": d["rows"] * 2}, "each work and side once"), (lambda d: d | {"rows": [1]}, r"rows\[0\]"),
     ],
 )  # fmt: skip

@@ -150,17 +150,20 @@ class Bench:
             if label != JUDGE:
                 prompt = max(min(24, (self.limits.context or 40) - 16), 1)
                 works = [batch(self.facts.vocab, n, prompt, 12, seed=n, banned=self.facts.banned) for n in batches]
-                self._score("greedy tokens", label, [(work, side.run(work)) for work in works])
+                self._score({"name": "greedy tokens", "side": label}, [(work, side.run(work)) for work in works])
 
-    def judge(self, runs: dict[str, list[Run]], work: Work) -> None:
-        """Answers that were timed, the first round's, scored: a gate for each label, a side or a variant of ours."""
+    def judge(self, runs: dict[str, list[Run]], work: Work, about: dict) -> None:
+        """Answers that were timed, the first round's, scored: a gate for each label, a side or a variant of ours.
+
+        `about` is the "work" of their rows: of other rows these gates say nothing.
+        """
         for label, mine in runs.items():
             if label != JUDGE:
-                self._score(f"greedy tokens, {work.name}", label, [(work, mine[0])])
+                self._score({"name": f"greedy tokens, {work.name}", "side": label, "work": about}, [(work, mine[0])])
 
-    def _score(self, name: str, label: str, answered: Sequence[tuple[Work, Run]]) -> None:
+    def _score(self, gate: dict, answered: Sequence[tuple[Work, Run]]) -> None:
         """Of each work the longest requests and some others, by how far a token is below transformers' best."""
-        self.say(f"{name}: are those of {label} right?")
+        self.say(f"{gate['name']}: are those of {gate['side']} right?")
         try:
             judge, worst = self.open(JUDGE), 0.0
             for work, run in answered:
@@ -169,10 +172,10 @@ class Bench:
                 some = longest[:4] + longest[4 :: max((len(longest) - 4) // 4, 1)][:4]
                 worst = max(worst, *(max(row) for row in judge.score(some)))
         except SideFailed as error:
-            self.record.add_gate({"name": name, "side": label, "wrong": f"nobody to judge: {error.message}"})
+            self.record.add_gate(gate | {"wrong": f"nobody to judge: {error.message}"})
             return
         wrong = f"a token is {worst:.3g} nats below transformers' best" if worst > near(self.facts.dtype) else None
-        self.record.add_gate({"name": name, "side": label, "wrong": wrong, "worst_gap_nats": worst})
+        self.record.add_gate(gate | {"wrong": wrong, "worst_gap_nats": worst})
 
 
 def figure(values: Sequence[float], scale: float = 1.0, limit: Limit | None = None) -> dict:

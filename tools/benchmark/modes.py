@@ -91,7 +91,7 @@ def startup(bench: Bench, job: Job, labels: Sequence[str]) -> None:
             if turn:
                 found[label].append((side.info["import_s"], side.ready_s, first))
                 answered.setdefault(label, []).append(run)
-    bench.judge({label: answered[label] for label in found}, job.works(1))
+    bench.judge({label: answered[label] for label in found}, job.works(1), job.work)
     for label, marks in found.items():
         names = ("import_s", "ready_s", "first_token_s")
         figures = {name: figure(values) for name, values in zip(names, zip(*marks, strict=True), strict=True)}
@@ -115,7 +115,7 @@ def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
         how = {rung.name: in_windows(bench.limits.max_requests)} if rung.windows else {}
         with bench.fresh(OURS, variant=base.variant) as first, bench.fresh(OURS, variant=rung.variant) as second:
             runs = bench.runs({base.name: first, rung.name: second}, job.works, how)
-        bench.judge(runs, job.works(1))
+        bench.judge(runs, job.works(1), job.work)
         for name, mine in runs.items():
             about = job.work | {"variant": name}
             if bench.record.find("ablation", about, OURS) is None:
@@ -182,7 +182,7 @@ Figures = Callable[[Bench, Job, list[Run]], dict]
 def _add(
     bench: Bench, mode: str, job: Job, runs: dict[str, list[Run]], figures: Figures, against: list[dict] | None = None
 ) -> None:
-    bench.judge(runs, job.works(1))
+    bench.judge(runs, job.works(1), job.work)
     if against is None:
         against = compared(_seconds(runs), [other for other in runs if other != OURS])
     for label, mine in runs.items():

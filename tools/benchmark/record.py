@@ -126,7 +126,7 @@ class Record:
     """`arguments` hold "argv" and all it was resolved to; `model` a "name" and what else makes it another model.
 
     A gate is {"name", "wrong": null or why} and, if it says something about one side alone, "side": a row's side, or in
-    an ablation its variant.
+    an ablation its variant; and if it is about the answers to one work alone, "work": that of the rows, less a variant.
     """
 
     arguments: dict
@@ -179,13 +179,23 @@ class Record:
 
     def add_gate(self, gate: dict) -> None:
         _check_gate(gate)
+        if "work" in gate:
+            gate = gate | {"work": _plain("work", gate["work"])}
         self.gates.append(gate)
         self._tick()
 
     def refusal(self, row: Row) -> str | None:
         """Why nothing may be said about this row's speed."""
-        wrong = (gate for gate in self.gates if gate["wrong"] and gate.get("side", row.side) in (row.side, row.label))
-        return row.refused or next((f"{gate['name']}: {gate['wrong']}" for gate in wrong), None)
+        return row.refused or self._failed(row.work, {row.side, row.label})
+
+    def _failed(self, work: dict, sides: set[str]) -> str | None:
+        """The first gate that failed about this work and one of these sides."""
+        bare = {name: value for name, value in work.items() if name != "variant"}
+        for gate in self.gates:
+            about = gate.get("work", bare) == bare and ("side" not in gate or gate["side"] in sides)
+            if gate["wrong"] and about:
+                return f"{gate['name']}: {gate['wrong']}"
+        return None
 
     def comparisons(self, row: Row) -> Iterator[Comparison]:
         if self.refusal(row):
@@ -194,7 +204,7 @@ class Record:
             work = row.work | ({"variant": against["variant"]} if "variant" in against else {})
             other = self.find(row.mode, work, against["side"])
             names = {against["side"], against.get("variant", against["side"])}
-            if other is None and any(gate["wrong"] and gate.get("side") in names for gate in self.gates):
+            if other is None and self._failed(row.work, names):
                 continue
             if other is None or not self.refusal(other):
                 label = other.label if other else against.get("variant", against["side"])
@@ -344,6 +354,7 @@ def _check_limit(what: str, limit: Any) -> None:
 
 def _check_gate(gate: Any) -> None:
     known = isinstance(gate, dict) and {"name", "wrong"} <= gate.keys() and isinstance(gate["wrong"], str | None)
+    known = known and isinstance(gate.get("work", {}), dict)
     _expect(known, "gates", gate, 'objects of "name", "wrong": null or why')
 
 
