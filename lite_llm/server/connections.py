@@ -18,16 +18,19 @@ log = logging.getLogger("lite_llm")
 
 _HEAD_DEADLINE = 30.0  # seconds for a request's first line and headers, from the first moment or their first byte
 _MOST_HEAD = 64 << 10  # bytes of them
+_UNREAD_DEADLINE = 60.0  # seconds for a client to take most of what waits for it, once that is too much
 _LOOK = 1.0  # seconds between two looks at whether a connection could be taken
 
 
 class Connection(AutoHTTPProtocol):
-    """uvicorn's, which by itself waits for the end of a head for ever, and with httptools takes one of any size."""
+    """uvicorn's, which by itself waits for ever for the end of a head, and for a client that reads nothing; and with
+    httptools takes a head of any size."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._head_bytes = 0
         self._end: asyncio.TimerHandle | None = self.loop.call_later(_HEAD_DEADLINE, self._late)
+        self._unread: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -44,8 +47,18 @@ class Connection(AutoHTTPProtocol):
             if self._head_bytes > _MOST_HEAD:
                 self.transport.close()
 
+    def pause_writing(self) -> None:
+        """Too much waits for the client. Watched here, for a deadline at each event costs as much as its JSON does."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(_UNREAD_DEADLINE, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget_unread()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_end()
+        self._forget_unread()
         super().connection_lost(exc)
 
     def _late(self) -> None:
@@ -56,6 +69,11 @@ class Connection(AutoHTTPProtocol):
         if self._end is not None:
             self._end.cancel()
             self._end = None
+
+    def _forget_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
 
 async def watch_files(listener: socket.socket) -> None:
