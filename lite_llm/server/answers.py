@@ -17,6 +17,7 @@ from lite_llm.server.tools import Calls
 from lite_llm.text import Tokenizer
 
 FINGERPRINT = f"lite_llm-{lite_llm.__version__}"
+_encoded = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder each time
 
 
 class Vocabulary:
@@ -209,6 +210,8 @@ class Document:
     def __init__(self, form: Form, id: str, model: str, prompt_tokens: int):
         self._form, self._prompt_tokens = form, prompt_tokens
         self._head = {"id": id, "created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT}
+        # All chunks begin alike, and are too many to encode that each time.
+        self._opening = "data: " + _encoded(self._head | {"object": form.chunk_object})[:-1]
         self._begun: set[int] = set()
         self._tokens = 0
 
@@ -229,16 +232,16 @@ class Document:
                 if first := form.first(piece.index):
                     parts.append(first)
             parts += form.chunks(piece)
-        head = self._head | {"object": form.chunk_object}
+        opening = self._opening
         if running_usage:
-            head["usage"] = _usage(self._prompt_tokens, self._tokens)
+            opening += f',"usage":{_encoded(_usage(self._prompt_tokens, self._tokens))}'
         elif usage:
-            head["usage"] = None
-        return b"".join(event(head | {"choices": [choice]}) for choice in parts)
+            opening += ',"usage":null'
+        return "".join(f'{opening},"choices":[{_encoded(choice)}]}}\n\n' for choice in parts).encode()
 
     def final_usage(self, outputs: Sequence[Output]) -> bytes:
         return event(self._head | {"object": self._form.chunk_object, "choices": [], "usage": usage_of(outputs)})
 
 
 def event(content: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
+    return f"data: {_encoded(content)}\n\n".encode()

@@ -46,7 +46,7 @@ class Bridge:
         self._closing = False
         self._lock = threading.Lock()  # over the next two
         self._fresh: set[Job] = set()  # that have something to say
-        self._woken = False  # the event loop has yet to take them
+        self._woken = False  # the event loop has yet to take them, or rests from those before
         self._thread = threading.Thread(target=self._work, name="lite_llm-engine", daemon=True)
 
     def start(self, on_death: Callable[[], None]) -> None:
@@ -116,9 +116,17 @@ class Bridge:
     def _publish(self) -> None:
         """In the event loop. While it is busy with the clients of one step, the tokens of the next ones join."""
         with self._lock:
-            jobs, self._fresh, self._woken = self._fresh, set(), False
-        for job in jobs:
-            job.wake()
+            jobs, self._fresh = self._fresh, set()
+            self._woken = bool(jobs)
+        if jobs:
+            for job in jobs:
+                job.wake()
+            self._loop.call_soon(self._rest, self._loop.time())  # after all of them
+
+    def _rest(self, began: float) -> None:
+        """The loop hands out for half of its time at most, and meanwhile tokens join. The other half is for requests,
+        for an engine with an empty place loses a token with each step until the next one is there."""
+        self._loop.call_later(self._loop.time() - began, self._publish)
 
     # ---- the engine's thread
 

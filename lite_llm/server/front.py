@@ -28,7 +28,7 @@ from lite_llm.server.answers import event
 from lite_llm.server.app import response_of
 from lite_llm.server.metrics import CONTENT_TYPE
 from lite_llm.server.refusals import RETRY_AFTER, Refusal, refusal_of, stopping
-from lite_llm.server.reply import ClientGone, deliver, left, read_bytes
+from lite_llm.server.reply import ClientGone, left, read_bytes
 from lite_llm.server.routing import prefixes_of
 
 log = logging.getLogger("lite_llm")
@@ -51,8 +51,8 @@ class _Client:
             return
         if not self.begun:
             self.begun = True
-            await deliver(self._send, self._start)
-        await deliver(self._send, message)
+            await self._send(self._start)
+        await self._send(message)
         self.over = not message.get("more_body")
 
     async def refuse(self, refusal: Refusal, scope: Scope, receive: Receive) -> None:

@@ -46,7 +46,7 @@ class Job:
         self.names = [f"{self.id}-{i}" if several else self.id for i in range(len(self.prompts))]
         # Which choice, its text, number of tokens, finish_reason, logprobs.
         self.pieces: deque[tuple[int, str, int, str | None, Sequence[TokenLogprobs]]] = deque()
-        self._news = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
 
     def end(self, outputs: list[Output], failure: Refusal | None = None) -> None:
         if failure and failure.param is None:
@@ -55,7 +55,8 @@ class Job:
         self.over = True  # the last thing that is written: who sees it sees the rest
 
     def wake(self) -> None:
-        self._news.set()
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     async def news(self) -> list[Piece]:
         """What was said since the last call, one piece a choice; [] when all is said. Raises what ended it early."""
@@ -67,14 +68,17 @@ class Job:
                 if self.failure:
                     raise self.failure
                 return []
-            self._news.clear()
-            await self._news.wait()
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
 
     def _joined(self) -> list[Piece]:
         found: dict[int, Piece] = {}
         while self.pieces:
             at, text, tokens, reason, logprobs = self.pieces.popleft()
-            piece = found.setdefault(at, Piece(at))
+            piece = found.get(at)
+            if piece is None:
+                found[at] = Piece(at, text, tokens, [*logprobs], reason)
+                continue
             piece.text += text
             piece.tokens += tokens
             piece.logprobs += logprobs

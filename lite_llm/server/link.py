@@ -63,10 +63,9 @@ class Link:
         EOFError if the other side is gone and all that it said has been received.
         """
         self._push()
-        gone = self._pull()
-        if not (gone or seconds == 0 or self._complete()):
+        if seconds != 0:  # first, for a read that finds nothing gives Python's lock away and must get it back
             self._wait(seconds)
-            gone = self._pull()
+        gone = self._pull()
         found = []
         while size := self._complete():
             with memoryview(self._in) as come, come[_SIZE.size : size] as data:

@@ -25,7 +25,6 @@ from lite_llm.server.schema import StreamOptions
 from lite_llm.text.fetch import Gone
 
 _BODY_DEADLINE = 30.0  # seconds for a client to send its request
-_SEND_DEADLINE = 60.0  # seconds in which it must take something of what is sent
 _GONE = 499  # for the metrics: the client left
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -50,7 +49,7 @@ class Task:
 
 
 class ClientGone(Exception):
-    """The connection was closed, or stopped reading."""
+    """The connection was closed."""
 
 
 class Reply(Response):
@@ -68,6 +67,7 @@ class Reply(Response):
         self.status_code, self.background = 200, None
         self._bridge, self._workers, self._metrics, self._read = bridge, workers, metrics, read
         self._most_bytes = most_bytes
+        self.begun = False  # a status has been sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, job = 200, None
@@ -117,27 +117,31 @@ class Reply(Response):
             if task.stream is None:
                 content = document.whole(job.outputs)
                 headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-                await deliver(send, _start(headers))
-                await deliver(send, _body(content, more=False))
+                await self._start(send, headers)
+                await send(_body(content, more=False))
                 return job
-            await deliver(send, _start(_STREAM + headers))
+            await self._start(send, _STREAM + headers)
             last: dict[int, float] = {}
             usage, running = bool(task.stream.include_usage), bool(task.stream.continuous_usage_stats)
             try:
                 while pieces:
                     self._metrics.handed_on(pieces, last)
                     if events := document.events(pieces, usage, running):
-                        await deliver(send, _body(events))
+                        await send(_body(events))
                     pieces = await job.news()
                 end = document.final_usage(job.outputs) if usage else b""
-                await deliver(send, _body(end + b"data: [DONE]\n\n", more=False))
+                await send(_body(end + b"data: [DONE]\n\n", more=False))
             except Refusal as refusal:  # too late for a status
                 if gone.done():
                     raise ClientGone from None
-                await deliver(send, _body(event(refusal.document()), more=False))
+                await send(_body(event(refusal.document()), more=False))
             return job
         finally:
             self._bridge.cancel(job)
+
+    async def _start(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        self.begun = True
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
 async def off_loop(workers: Executor, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -187,19 +191,6 @@ async def left(receive: Receive) -> None:
     """Returns when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def deliver(send: Send, message: Message) -> None:
-    """ClientGone if nobody takes it."""
-    try:
-        async with asyncio.timeout(_SEND_DEADLINE):
-            await send(message)
-    except (OSError, TimeoutError):
-        raise ClientGone from None
-
-
-def _start(headers: list[tuple[bytes, bytes]]) -> Message:
-    return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
 def _body(content: bytes, more: bool = True) -> Message:

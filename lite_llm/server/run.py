@@ -63,7 +63,7 @@ def answer(
     http = _Quiet(
         uvicorn.Config(
             app if options.api_key else for_this_machine(app), http=Connection, lifespan="off", ws="none",
-            log_config=None, access_log=False, server_header=False, timeout_keep_alive=30,
+            log_config=None, access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=30,
             timeout_graceful_shutdown=max(1, round(_GOODBYE)),
         )
     )  # fmt: skip

@@ -220,9 +220,8 @@ def test_small_answers_leave_at_once(server):
     assert sorted(times)[4] < 0.03, times
 
 
-def test_who_sends_or_reads_too_slowly_is_left(demo, monkeypatch):
+def test_who_sends_too_slowly_is_left(demo, monkeypatch):
     monkeypatch.setattr(reply, "_BODY_DEADLINE", 0.1)
-    monkeypatch.setattr(reply, "_SEND_DEADLINE", 0.1)
     with Running(demo) as impatient:
         head = (
             "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
@@ -231,12 +230,6 @@ def test_who_sends_or_reads_too_slowly_is_left(demo, monkeypatch):
             half.sendall(head.encode())
             assert half.recv(1000).startswith(b"HTTP/1.1 408")
         impatient.settle()
-
-    async def never(message) -> None:
-        await asyncio.sleep(60)
-
-    with pytest.raises(reply.ClientGone):
-        asyncio.run(reply.deliver(never, {}))
 
 
 def test_a_long_answer_comes_piece_by_piece(server):

@@ -10,6 +10,7 @@ from lite_llm.engine.request import SamplingParams
 from lite_llm.errors import EnvironmentProblem
 from lite_llm.server import bridge as bridges
 from lite_llm.server import steady
+from lite_llm.server.answers import Document
 from tests.server.conftest import PARIS, Running, opened
 from tests.server.test_connections import LONG, raw
 
@@ -39,6 +40,24 @@ def test_a_step_that_raises_fails_its_requests_and_the_server_goes_on(frail):
     assert answer.status_code == 500 and "secret" not in answer.text
     assert answer.json()["error"]["type"] == "server_error"
     frail.settle()
+    assert frail.chat().json()["choices"][0]["message"]["content"] == PARIS
+    frail.settle()
+
+
+def test_an_error_of_ours_is_a_500_before_the_status_and_a_broken_stream_after_it(frail, monkeypatch):
+    def breaking(self, *given):
+        raise RuntimeError("secret internals")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Document, "whole", breaking)
+        patch.setattr(Document, "events", breaking)
+        answer = frail.chat()
+        assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal"
+        assert "secret" not in answer.text
+        with pytest.raises(httpx.RemoteProtocolError):
+            frail.chat(stream=True)
+    frail.settle()
+    assert 'requests_total{status="500"} 2.0' in httpx.get(frail.url + "/metrics").text
     assert frail.chat().json()["choices"][0]["message"]["content"] == PARIS
     frail.settle()
 

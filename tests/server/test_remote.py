@@ -310,14 +310,32 @@ def test_the_event_loop_is_woken_once_for_all_that_is_said_until_it_comes():
         bridge._step()
 
     async def run() -> None:
-        bridge._loop = SimpleNamespace(call_soon_threadsafe=woken.append)
+        soon, later, clock = [], [], [1.0]
+        bridge._loop = SimpleNamespace(
+            call_soon_threadsafe=woken.append, call_soon=lambda *call: soon.append(call),
+            call_later=lambda *call: later.append(call), time=lambda: clock[0],
+        )  # fmt: skip
+
+        def hand_out_for(seconds: float) -> None:
+            clock[0] += seconds
+            (rest, began), *_ = soon
+            soon.clear()
+            rest(began)
+
         say("a")
         say("a", "b")
         assert len(woken) == 1
         woken.pop()()
         assert [piece.text for job in jobs for piece in await job.news()] == ["xx", "x"]
+        hand_out_for(0.25)
         say()
-        assert not woken
+        say("b")
+        assert not woken and later[0][0] == 0.25, "it does something else for as long as it has handed out"
+        later.pop()[1]()
+        assert [piece.text for piece in await jobs[1].news()] == ["x"]
+        hand_out_for(0.25)
+        later.pop()[1]()
+        assert not soon and not woken, "nobody has said anything"
         say("b")
         assert len(woken) == 1
 

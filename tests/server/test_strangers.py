@@ -18,6 +18,7 @@ import uvicorn
 from lite_llm.cli import main
 from lite_llm.errors import EnvironmentProblem
 from lite_llm.server import connections
+from lite_llm.server.options import ServeOptions, listen
 from tests.server.conftest import CHAT, PARIS, Running
 from tests.server.test_connections import LONG, raw
 
@@ -61,6 +62,41 @@ def test_the_rest_of_a_refused_body_is_not_awaited_for_ever(impatient):
         slow.sendall(b"POST /health HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n")
         assert slow.recv(1 << 16).startswith(b"HTTP/1.1 405")
         assert 0.25 < closed_after(start, slow, b"x") < 4
+
+
+def test_who_reads_nothing_is_left(monkeypatch):
+    monkeypatch.setattr(connections, "_TAKE_DEADLINE", 0.3)
+    heard, taken = [], []
+
+    async def flood(scope, receive, send) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(64):  # more than the kernel holds
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+        heard.append((await receive())["type"])
+
+    def ask(port: int) -> float:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as deaf:
+            deaf.sendall(HEALTH)
+            start = time.monotonic()
+            while not heard and time.monotonic() - start < 5:
+                time.sleep(0.01)
+            spent = time.monotonic() - start
+            taken.extend(iter(lambda: len(deaf.recv(1 << 20)), 0))
+            return spent
+
+    async def run() -> float:
+        config = uvicorn.Config(flood, http=connections.Connection, lifespan="off", ws="none", log_config=None)
+        server, listener = uvicorn.Server(config), listen(ServeOptions(port=0))
+        listener.listen()
+        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        spent = await asyncio.to_thread(ask, listener.getsockname()[1])
+        server.should_exit = True
+        await serving
+        return spent
+
+    assert 0.25 < asyncio.run(run()) < 4
+    assert heard == ["http.disconnect"] and sum(taken) < 60 << 20
 
 
 def test_whoever_is_answered_has_time(impatient):
