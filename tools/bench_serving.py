@@ -4,8 +4,8 @@
 
 "mixed": 256 requests, inputs of 64 to 512 tokens, outputs of 32 to 256, as vLLM's figures were taken. "chat": requests
 whose lengths are spread as those of conversations are (inputs of 215 tokens in the mean, outputs of 197), once with
-continuous batching and once in batches that wait for their longest answer. The limit is the sum over the steps that
-were run, each at the memory's or the matmuls' rate of this run, class by class. "idle" is the share of time in which no
+continuous batching and once in batches that wait for their longest answer. The limit is the sum over the steps of a
+round that is not timed, each at the memory's or the matmuls' rate of this run, class by class. "idle" is the share of time in which no
 step runs while requests join and leave. 256 requests at a time, random weights, no prefix cached; a shape counts only
 if its tokens are those of an engine without CUDA graphs, up to rounding. Exit code 1 where they are not.
 """
@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -78,17 +78,21 @@ def _pairs(a: Advance, window: int | None) -> int:
     return sum(min(a.old + i, window) for i in range(1, a.new + 1))
 
 
-class Watch:
-    """Notes the steps that an LLM runs."""
+def steps_of(llm: LLM, run: Callable[[], object]) -> list[list[Advance]]:
+    """What is computed while something runs."""
+    steps, scheduler = [], llm.engine.scheduler
+    launched = scheduler.launched
 
-    def __init__(self, llm: LLM):
-        self.steps: list[list[Advance]] = []
-        scheduler = llm.engine.scheduler
-        self._launched, scheduler.launched = scheduler.launched, self._note
+    def note(plan: Plan) -> None:
+        steps.append([Advance(request.cached, n, n == request.pending) for request, n in plan])
+        launched(plan)
 
-    def _note(self, plan: Plan) -> None:
-        self.steps.append([Advance(request.cached, n, n == request.pending) for request, n in plan])
-        self._launched(plan)
+    scheduler.launched = note
+    try:
+        run()
+    finally:
+        del scheduler.launched
+    return steps
 
 
 class Load(NamedTuple):
@@ -132,19 +136,17 @@ def measured(shape: str, options: dict, requests: int, rounds: int, roof: Ceilin
         found = {"shape": shape, "gate": peers.gate(peers.gate_answers(llm, (8, False)), right, sampled=False)}
         if found["gate"]["wrong"]:
             return found
-        item, watch = llm.engine.kv.k.element_size(), Watch(llm)
+        item = llm.engine.kv.k.element_size()
 
         def timed(name: str, load: Load) -> float:
-            times = []
-            for _ in range(rounds + 1):  # the first one warms up
-                watch.steps.clear()
-                times.append(load.seconds(llm))
-            least = sum(limit(llm.cfg, item, step, roof) for step in watch.steps)
-            seconds, tokens = statistics.median(times[1:]), sum(load.new)
+            steps = steps_of(llm, lambda: load.seconds(llm))  # a round that warms up: noting takes time
+            times = [load.seconds(llm) for _ in range(rounds)]
+            least = sum(limit(llm.cfg, item, step, roof) for step in steps)
+            seconds, tokens = statistics.median(times), sum(load.new)
             found[name] = {
                 "requests": len(load.new), "prompt_tokens": sum(map(len, load.prompts)), "new_tokens": tokens,
-                "seconds": seconds, "seconds_rounds": times[1:], "tokens_per_second": tokens / seconds,
-                "steps": len(watch.steps), "limit_seconds": least, "of_limit": least / seconds,
+                "seconds": seconds, "seconds_rounds": times, "tokens_per_second": tokens / seconds,
+                "steps": len(steps), "limit_seconds": least, "of_limit": least / seconds,
             }  # fmt: skip
             return seconds
 

@@ -41,6 +41,11 @@ class Shape:
         lengths = _numbers(self.prompt)
         return max(lengths) - min(lengths)
 
+    def every_length(self, facts: Facts, new: int) -> Work:
+        """Answers in which a cache meets each length that it has in any work of `new` tokens: the shortest prompts."""
+        prompts, news = Lengths.parse(str(min(_numbers(self.prompt)))), Lengths.parse(str(new + self.spread))
+        return many(facts.vocab, self.batch, prompts, news, 1000, banned=facts.banned)
+
 
 @dataclass(frozen=True)
 class Versus:
@@ -118,7 +123,7 @@ def _eager(stage: Stage, sides: dict[str, Side], shape: Shape, spare: float, lat
         return None
     works = lambda turn: shape.work(facts, new, turn)  # noqa: E731
     stage.bench.say(f"{stage.claim.name}, {works(0).name}: warming {JUDGE}")
-    theirs.warm(shape.work(facts, new + shape.spread, 0))
+    theirs.warm(shape.every_length(facts, new))
     reserve = spare + sum(seconds(after.news[-1]) for after in later)
     runs = stage.turns({OURS: ours.run, JUDGE: theirs.run}, works, shape.rounds, reserve)
     stage.judge(OURS, works(1), runs[OURS][0])
