@@ -5,9 +5,10 @@
 "mixed": 256 requests, inputs of 64 to 512 tokens, outputs of 32 to 256, as vLLM's figures were taken. "chat": requests
 whose lengths are spread as those of conversations are (inputs of 215 tokens in the mean, outputs of 197), once with
 continuous batching and once in batches that wait for their longest answer. The limit is the sum over the steps of a
-round that is not timed, each at the memory's or the matmuls' rate of this run, class by class. "idle" is the share of time in which no
-step runs while requests join and leave. 256 requests at a time, random weights, no prefix cached; a shape counts only
-if its tokens are those of an engine without CUDA graphs, up to rounding. Exit code 1 where they are not.
+round that is not timed, each at the memory's or the matmuls' rate of this run, class by class. "idle" is the share of
+time in which no step runs while requests join and leave. 256 requests at a time, random weights, no prefix cached; a
+shape counts only if its tokens are those of an engine without CUDA graphs, up to rounding. Exit code 1 where they are
+not.
 """
 
 import argparse
