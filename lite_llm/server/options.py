@@ -42,6 +42,7 @@ def listen(options: ServeOptions) -> socket.socket:
         listener = socket.socket(family, kind, protocol)  # asyncio sends at once only if it knows that this is TCP
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(socket.SOMAXCONN)  # who comes now waits, and is not refused until a thread has started
     except OSError as error:
         hint = "stop the other program or pass --port" if error.errno == errno.EADDRINUSE else "pass another --host"
         raise EnvironmentProblem(f"{options.host} port {options.port}: {error.strerror}", hint) from None

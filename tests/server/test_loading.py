@@ -56,6 +56,11 @@ def test_clients_hear_how_far_it_is_and_a_failure_is_raised():
         pass
 
 
+def test_from_the_moment_that_the_address_is_told_nobody_is_refused():
+    with listen(ServeOptions(port=0)) as listener, socket.create_connection(listener.getsockname()[:2], timeout=5):
+        pass
+
+
 def test_who_has_connected_and_not_sent_yet_is_answered():
     with listen(ServeOptions(port=0)) as listener:
         address = listener.getsockname()
