@@ -19,7 +19,7 @@ from lite_llm.engine.build import Blueprint
 from lite_llm.engine.engine import Engine
 from lite_llm.engine.memory import MemoryPlan
 from lite_llm.engine.request import Request, SamplingParams, each
-from lite_llm.engine.warm import Say, Warmth, warm_up
+from lite_llm.engine.warm import Say, Warmth, prepare, warm_up
 from lite_llm.errors import BadCheckpoint, UsageError, shown
 from lite_llm.jsonfile import read_object
 from lite_llm.models import registry, shapes
@@ -121,6 +121,7 @@ class LLM:
 
     def _start(self, hf: HFConfig, config: EngineConfig, say: Callable[[str], None]) -> None:
         self._blueprint = Blueprint(registry.parse(hf), config)
+        prepare(self._blueprint.device)
         self.plan, self.cfg = self._blueprint.plan, self._blueprint.cfg
         self.eos_ids: set[int] = set()
         self._streams: dict[str, list[Answer]] = {}

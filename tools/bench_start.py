@@ -58,6 +58,8 @@ import json, sys, time
 marks = [("python", time.time())]
 began, device, directory = sys.argv[1:]
 import contextlib
+from lite_llm.text import Tokenizer
+Tokenizer.prepare(directory)
 from lite_llm.engine.request import SamplingParams
 from lite_llm.llm import LLM
 marks.append(("import lite_llm", time.time()))

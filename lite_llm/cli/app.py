@@ -169,13 +169,16 @@ def _speaker(
     return Remote(Client(options.connect, os.environ.get(KEY)), options.model, open_one, screen.note)
 
 
-def _in_this_process() -> type["LLM"]:
+def _in_this_process(model: str | Path) -> type["LLM"]:
+    from lite_llm.text import Tokenizer
+
+    Tokenizer.prepare(model)  # no sooner: a thread that imports torch must not see the process end on a bad picture
     from lite_llm.llm import LLM  # torch: a second or more
 
     return LLM
 
 
-def _engine_process() -> type["RemoteLLM"]:
+def _engine_process(model: str | Path) -> type["RemoteLLM"]:
     from lite_llm.server.remote import RemoteLLM
 
     return RemoteLLM
@@ -183,11 +186,11 @@ def _engine_process() -> type["RemoteLLM"]:
 
 def _open(
     options: argparse.Namespace, screen: Screen, demo: Demo = TEXT, bar: LoadingBar | None = None,
-    find: Callable[[], Callable[..., "LLM | RemoteLLM"]] = _in_this_process, **more,
+    find: Callable[[str | Path], Callable[..., "LLM | RemoteLLM"]] = _in_this_process, **more,
 ) -> "LLM | RemoteLLM":  # fmt: skip
     """`find` imports what opens the model, and returns it."""
     _prepare(options, screen)
-    bar = bar or LoadingBar(screen)
+    bar, model = bar or LoadingBar(screen), options.model or demo.folder
     before, pressed, importing = signal.getsignal(signal.SIGINT), [], True
 
     def interrupt(*arguments) -> None:
@@ -198,7 +201,7 @@ def _open(
     signal.signal(signal.SIGINT, interrupt)
     try:
         bar.status("starting ...")
-        opened = find()
+        opened = find(model)
         importing = False
         if pressed:
             raise KeyboardInterrupt
@@ -207,7 +210,7 @@ def _open(
             bar.clear()
             screen.note(text)
 
-        llm = opened(options.model or demo.folder, say=say, progress=bar, status=bar.stage, **options.engine, **more)
+        llm = opened(model, say=say, progress=bar, status=bar.stage, **options.engine, **more)
     finally:
         signal.signal(signal.SIGINT, before)
         bar.clear()

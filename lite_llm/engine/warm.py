@@ -11,7 +11,7 @@ from torch import nn
 
 from lite_llm.engine.build import Blueprint
 from lite_llm.ops import warm
-from lite_llm.ops.warm import Counter, Say
+from lite_llm.ops.warm import Counter, Say, prepare
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ def warm_up(blueprint: Blueprint, usable_vocab: int | None, say: Say) -> Warmth:
     start, most = time.perf_counter(), blueprint.config.max_requests
     if blueprint.device.type == "cpu":
         return Warmth(most, 0, 0, 0.0, None)
+    prepare(blueprint.device)
     try:
         with warm.counting() as counter:
             blueprint.build(_zero, usable_vocab).warm(say)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -21,6 +22,15 @@ class Counter(Protocol):
     def count(self) -> int: ...
 
 
+def prepare(device: torch.device) -> threading.Thread | None:
+    """On a GPU, begin in a thread what the first kernel would wait for, compiled or loaded."""
+    if device.type != "cuda":
+        return None
+    thread = threading.Thread(target=_prepare, daemon=True, name="lite_llm-kernels")
+    thread.start()
+    return thread
+
+
 def ahead_of_time(device: torch.device, say: Say) -> AbstractContextManager[None]:
     """On a GPU, kernels launched inside do not run but are compiled, on leaving at the latest."""
     return _compile().ahead_of_time(say) if device.type == "cuda" else contextlib.nullcontext()
@@ -34,6 +44,11 @@ def counting() -> AbstractContextManager[Counter]:
 def cache_directory() -> str:
     """Where compiled kernels are kept between processes. Needs Triton."""
     return _compile().cache_directory()
+
+
+def _prepare() -> None:
+    with contextlib.suppress(Exception):  # the first kernel says what is wrong
+        _compile().read_compiler()
 
 
 def _compile() -> ModuleType:

@@ -23,6 +23,7 @@ from lite_llm.outputs import Output
 from lite_llm.server.link import Link, portable
 from lite_llm.server.remote import BEAT
 from lite_llm.server.steady import News, Steady
+from lite_llm.text import Tokenizer
 from lite_llm.text.grammar_sources import Source
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def work(file: int) -> None:
             ((make, model, options, wanted, level),) = link.receive(None)
             if level is not None:
                 logging.basicConfig(stream=sys.stderr, level=level, format="%(name)s: %(message)s")
+            Tokenizer.prepare(model)
             from lite_llm.llm import LLM  # torch: here, so that the server hears which package is missing
 
             hearers = {name: _Hearer(link, name) for name in wanted}

@@ -81,7 +81,7 @@ class RemoteLLM:
         try:
             wanted = tuple(name for name, hearer in self._hearers.items() if hearer)
             self._link.send((make, model, options, wanted, logging.root.level if logging.root.handlers else None))
-            Tokenizer.prepare()
+            Tokenizer.prepare(model).join()
             while self.cfg is None:
                 self._listen(None)
                 if self._dead:

@@ -7,6 +7,7 @@ which is never changed after `load` and so may be shared by threads.
 import contextlib
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _JSON_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # one class: transformers 5 has renamed it
+_GENERIC_MODELS = ("llama", "llava", "llava_next")
+
+_IMPORTING = threading.Lock()
+"""For transformers. It puts another object in the place of its module meanwhile, and who waits for it gets the old one,
+which has no names."""
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"  # text to those who read calls, even where they are special tokens
@@ -87,10 +95,14 @@ class Tokenizer:
         return cls(hf, notices)
 
     @staticmethod
-    def prepare() -> None:
-        """Import what `load` needs, 0.7 s, while there is something else to wait for; `load` says what is missing."""
-        with contextlib.suppress(ImportError):
-            from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast  # noqa: F401
+    def prepare(path: Path | str | None) -> threading.Thread:
+        """Begin to import what `load(path)` needs, in a thread: 2,000 files, which can be waited for beside torch's.
+
+        `load` waits for it, and says what is wrong. Of a hub id, or None, only what every checkpoint needs.
+        """
+        thread = threading.Thread(target=_import_for, args=(path,), daemon=True, name="lite_llm-tokenizer")
+        thread.start()
+        return thread
 
     def encode(self, text: str, max_chars: int | None = None, bos: bool = True) -> list[int]:
         """The ids of a plain prompt, BOS added if the tokenizer does so and the text does not begin with it.
@@ -228,9 +240,28 @@ def _check_length(chars: int, max_chars: int | None) -> None:
         )
 
 
+def _import_for(path: Path | str | None) -> None:
+    with _IMPORTING, contextlib.suppress(Exception):  # `load` says what is wrong
+        from transformers import PreTrainedTokenizerFast  # noqa: F401
+
+        if path is not None and Path(path).is_dir() and not _is_generic(Path(path)):
+            from transformers import AutoTokenizer  # noqa: F401
+
+
+def _is_generic(path: Path) -> bool:
+    """Whether AutoTokenizer would choose PreTrainedTokenizerFast, which it takes 2,300 more files to say.
+
+    It gives some model types their own class, whatever class is named: qwen2 is one. So only those that it does not.
+    """
+    named = _json(path / "tokenizer_config.json").get("tokenizer_class")
+    model_type = _json(path / "config.json").get("model_type")
+    return (path / "tokenizer.json").is_file() and named in _GENERIC and model_type in _GENERIC_MODELS
+
+
 def _load(path: Path, custom: bool) -> Any:
     try:
-        from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+        with _IMPORTING:
+            from transformers import PreTrainedTokenizerFast
     except ImportError as error:
         raise EnvironmentProblem(
             f"transformers cannot be imported: {error}", hint="pip install transformers"
@@ -241,12 +272,14 @@ def _load(path: Path, custom: bool) -> Any:
     # A custom class with a tokenizer.json still works through the generic class, which reads nothing but that file.
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
+        if custom and (path / "tokenizer.json").is_file() or _is_generic(path):
+            return PreTrainedTokenizerFast.from_pretrained(path, **options)
+        from transformers import AutoTokenizer, PreTrainedConfig
+
         if _json(path / "tokenizer_config.json").get("tokenizer_class"):
             # Of the model's config only its type matters then; reading it whole would import the model, and take 1 s.
             options["config"] = PreTrainedConfig(name_or_path=str(path))
             options["config"].model_type = _json(path / "config.json").get("model_type", "")
-        if custom and (path / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(path, **options)
         return AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # the readers of many formats raise anything
         if custom:

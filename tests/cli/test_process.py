@@ -47,6 +47,19 @@ def test_one_answer_and_nothing_else_on_stdout(call):
     assert (code, err) == (0, "") and "Paris" in out
 
 
+def test_the_tokenizer_is_prepared_beside_torch():
+    code = """
+import sys
+from lite_llm.cli import chat_main, llava_main
+from lite_llm.text import Tokenizer
+seen = []
+Tokenizer.prepare = lambda model: seen.append((str(model)[-9:], "torch" in sys.modules))
+assert chat_main(["-p", "Hi", "--quiet", "--max-tokens", "1"]) == 0 and seen == [("demo/chat", False)], seen
+assert llava_main(["-p", "Hi", "--quiet", "--max-tokens", "1"]) == 0 and seen[1:] == [("mo/vision", True)], seen
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+
+
 def test_json_and_resume(call, tmp_path):
     path = tmp_path / "chat.jsonl"
     transcript.save(

@@ -149,6 +149,18 @@ def test_a_cpu_has_nothing_to_compile():
         assert torch.equal(reference.silu_mul(torch.zeros(1, 4)), torch.zeros(1, 2))
 
 
+def test_the_compiler_is_read_for_its_key_before_a_kernel_asks():
+    code = """
+import torch
+from lite_llm.ops import warm
+assert warm.prepare(torch.device("cpu")) is None
+warm.prepare(torch.device("cuda")).join()
+from triton.runtime.cache import triton_key
+assert triton_key.cache_info().currsize == 1
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu():
     from lite_llm.ops.triton import silu_mul

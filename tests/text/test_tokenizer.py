@@ -1,8 +1,10 @@
 """Loading, plain prompts and ids: BOS once, hostile or damaged files refused by name, no code of a checkpoint run."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from lite_llm.errors import BadCheckpoint, LiteLLMError, UnsupportedModel, Usage
 from lite_llm.text import Tokenizer
 from tests.text import build
 
+ROOT = Path(__file__).parents[2]
 families = pytest.mark.parametrize("family", build.FAMILIES)
 
 
@@ -152,3 +155,99 @@ def test_a_tokenizer_that_is_only_code_is_refused(tmp_path):
 def test_importing_the_package_loads_neither_transformers_nor_torch():
     code = "import sys, lite_llm.text; print({'transformers', 'tokenizers', 'torch', 'jinja2'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+@pytest.mark.parametrize("model_type", ["llama", "llava", "llava_next", "mistral", "qwen2", "qwen3"])
+@families
+def test_the_short_way_gives_the_tokenizer_that_autotokenizer_gives(family, model_type, name, tmp_path):
+    from transformers import AutoTokenizer
+
+    build.write(tmp_path, build.FAMILIES[family](), tokenizer_class=name, extra_special_tokens=["<image>", "<new>"])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, hf = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    theirs = Tokenizer(hf)
+    assert type(ours._template._hf) is type(hf)
+    assert ours.to_json() == theirs.to_json()
+    for fact in ("special_ids", "bos_id", "eos_ids", "vocab_size", "notice"):
+        assert getattr(ours, fact) == getattr(theirs, fact)
+    messages = [{"role": "user", "content": build.TEXT[0]}, {"role": "assistant", "content": build.TEXT[1]}]
+    assert ours.chat_ids(messages) == theirs.chat_ids(messages)
+    for text in build.TEXT:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text) and ours.decode(ids) == theirs.decode(ids)
+
+
+def test_the_demo_needs_neither_autotokenizer_nor_torch():
+    code = """
+import sys
+from lite_llm.text import Tokenizer
+assert Tokenizer.load("lite_llm/demo/chat").encode("Hello")
+found = {"torch", "transformers.models", "transformers.models.auto.tokenization_auto"} & set(sys.modules)
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("wait", [0, 0.02, 0.2, 1])
+def test_load_beside_a_preparation(wait):
+    code = f"""
+import sys, time
+from lite_llm.text import Tokenizer
+Tokenizer.prepare("lite_llm/demo/chat")
+time.sleep({wait})
+assert Tokenizer.load("lite_llm/demo/chat").encode("Hello")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_load_waits_while_transformers_is_imported(tmp_path):
+    """transformers puts another module in its place while it is imported: who has asked for it before gets the old."""
+    (tmp_path / "transformers.py").write_text(
+        "import sys, time, types\nnew = types.ModuleType(__name__)\nnew.__spec__ = __spec__\n"
+        "time.sleep(0.5)\nsys.modules[__name__] = new\n"
+        "class PreTrainedTokenizerFast:\n    def from_pretrained(*_, **__): raise RuntimeError('found')\n"
+        "new.PreTrainedTokenizerFast = PreTrainedTokenizerFast\ndel PreTrainedTokenizerFast\n"
+    )
+    code = """
+import time
+from lite_llm.errors import BadCheckpoint
+from lite_llm.text import Tokenizer
+Tokenizer.prepare(None)
+time.sleep(0.1)
+try:
+    Tokenizer.load("lite_llm/demo/chat")
+except BadCheckpoint as error:
+    assert "found" in str(error), error
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=_with(tmp_path), check=True)
+
+
+def test_load_says_that_transformers_is_missing_and_its_preparation_nothing(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('broken')")
+    code = """
+from lite_llm.errors import EnvironmentProblem
+from lite_llm.text import Tokenizer
+Tokenizer.prepare("lite_llm/demo/chat").join()
+try:
+    Tokenizer.load("lite_llm/demo/chat")
+except EnvironmentProblem as error:
+    assert "broken" in str(error) and "pip install transformers" in str(error)
+else:
+    raise SystemExit("nothing was said")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=_with(tmp_path), stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_preparation_says_nothing_of_damaged_files(tmp_path, capfd):
+    for content in ("{", '{"tokenizer_class": ["a"]}'):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        Tokenizer.prepare(tmp_path).join()
+    assert capfd.readouterr().err == ""
+
+
+def _with(folder: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}

@@ -16,11 +16,17 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITFunction
 
 from lite_llm.ops.warm import Say
 
 _MOST_WORKERS = 16
+
+
+def read_compiler() -> None:
+    """Triton's files are part of each kernel's key: 0.5 GB, which it reads and hashes once, without Python's lock."""
+    triton_key()
 
 
 @contextlib.contextmanager
