@@ -49,8 +49,6 @@ class Bridge:
         self.dead: Exception | None = None  # what has ended the engine
         self._stall = stall
         self._jobs: dict[str, tuple[Job, int]] = {}  # by the name of the engine's request; which prompt of the job
-        self._fresh: set[Job] = set()  # that have something to say
-        self._resting = False  # from those before
 
     def start(self, on_death: Callable[[], None]) -> None:
         """`on_death` is called if the engine can go on no more."""
@@ -104,20 +102,16 @@ class Bridge:
     def _hear(self, news: News) -> None:
         """Of one step."""
         jobs = self._jobs
-        spoken: set[Job] = set()
         for row in news.rows:
             if found := jobs.get(row[0]):
                 job, place = found
                 self._hand_on(job, place * job.params.n + row[1], row)
-                if job.streamed and not job.over:
-                    spoken.add(job)
         for output in news.outputs:
             if found := jobs.get(output.id):
                 self._complete(found[0], output)
         for name, error in news.refused:
             if found := jobs.get(name):
                 self._end(found[0], refusal_of(error))
-        self._announce(spoken)
 
     def _die(self, error: Exception) -> None:
         # What says by itself what to do is shown when the server ends; of anything else the place is wanted.
@@ -138,6 +132,7 @@ class Bridge:
                 return self._end(job, too_late(job.timeout))
             job.pieces.append((at, text, tokens, reason, logprobs))
             job.told = True
+            job.wake()
 
     def _complete(self, job: Job, output: Output) -> None:
         """One prompt of a job has all its answers."""
@@ -159,32 +154,10 @@ class Bridge:
                 self._llm.forget(name)
             self._jobs.pop(name, None)
         job.end([] if failure else [job.answered[name] for name in job.names], failure)
-        self._announce({job})
 
     def _end_all(self, failure: Refusal) -> None:
         for job in {job for job, _ in self._jobs.values()}:
             self._end(job, failure)
-
-    # ---- to the clients
-
-    def _announce(self, jobs: set[Job]) -> None:
-        """These have something to say. While the loop rests, tokens join."""
-        self._fresh |= jobs
-        if not self._resting:
-            self._publish()
-
-    def _publish(self) -> None:
-        jobs, self._fresh = self._fresh, set()
-        self._resting = bool(jobs)
-        if jobs:
-            for job in jobs:
-                job.wake()
-            self._loop.call_soon(self._rest, self._loop.time())  # after all of them
-
-    def _rest(self, began: float) -> None:
-        """The loop hands out for half of its time at most, and meanwhile tokens join. The other half is for requests,
-        for an engine with an empty place loses a token with each step until the next one is there."""
-        self._loop.call_later(self._loop.time() - began, self._publish)
 
 
 class Seat:

@@ -138,10 +138,11 @@ class RemoteLLM:
         loop."""
         self._loop, self._told, self._died = asyncio.get_running_loop(), told, died
         self.beat = time.monotonic()
-        self._loop.add_reader(self._link, self._hear_child)
+        self._next: asyncio.Handle = self._loop.call_soon(self._hear_child)
 
     async def stop(self) -> None:
         """Nobody is told of anything any more; `start` may be called again."""
+        self._next.cancel()
         self._loop.remove_reader(self._link)
         self._loop.remove_writer(self._link)
 
@@ -191,25 +192,40 @@ class RemoteLLM:
     # ---- what the child says
 
     def _hear_child(self) -> None:
-        """There is something to read, be it the child's end."""
+        """In the loop, when there is something to read, be it the child's end; and when it has rested."""
+        began = time.perf_counter()
         try:
-            self._listen(0)
+            heard = self._listen(0)
         except EOFError:
             self._loop.remove_reader(self._link)
-            # It closes the link before it is gone, and with a GPU's memory that may take seconds.
+            # The link is closed before the process is gone, which with a GPU's memory may take seconds.
             ended = self._loop.run_in_executor(None, self._ended)
             ended.add_done_callback(lambda ended: self._died(ended.result()))
+            return
         except Exception as error:
             self._dead = error
         if self._dead:
             self._loop.remove_reader(self._link)
             self._died(self._dead)
+        elif heard:
+            self._loop.remove_reader(self._link)
+            self._next = self._loop.call_soon(self._rest, began)  # after all who were told
+        else:
+            self._loop.add_reader(self._link, self._hear_child)
 
-    def _listen(self, seconds: float | None) -> None:
-        """EOFError when the child has ended and all that it said has been heard."""
-        for name, given in self._link.receive(seconds):
+    def _rest(self, began: float) -> None:
+        """The loop hears and hands out for half of its time at most, and meanwhile messages wait, and are handed out
+        together. The other half is for requests: an engine with an empty place loses a token with each step until the
+        next one is there."""
+        self._next = self._loop.call_later(time.perf_counter() - began, self._hear_child)
+
+    def _listen(self, seconds: float | None) -> bool:
+        """Whether the child has said anything. EOFError when it has ended, and everything was heard."""
+        messages = self._link.receive(seconds)
+        for name, given in messages:
             self.beat = time.monotonic()
             getattr(self, name)(*given)
+        return bool(messages)
 
     def hear(self, hearer: str, *given: Any) -> None:
         self._hearers[hearer](*given)
