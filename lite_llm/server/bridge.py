@@ -52,7 +52,7 @@ class Bridge:
 
     def start(self, on_death: Callable[[], None]) -> None:
         """`on_death` is called if the engine can go on no more."""
-        self._loop, self._on_death = asyncio.get_running_loop(), on_death
+        self._on_death = on_death
         self._llm.start(self._hear, self._die)
 
     @property
@@ -89,9 +89,10 @@ class Bridge:
         except TimeoutError:
             raise Refusal(503, "the engine does not answer", code="engine_busy") from None
 
-    def end_all(self) -> None:
+    def end_all(self, why: Refusal | None = None) -> None:
         """Tell every client that the server stops."""
-        self._end_all(stopping())
+        for job in {job for job, _ in self._jobs.values()}:
+            self._end(job, why or stopping())
 
     async def close(self) -> None:
         """Hear the engine no more."""
@@ -117,8 +118,8 @@ class Bridge:
         # What says by itself what to do is shown when the server ends; of anything else the place is wanted.
         log.error("the engine stops", exc_info=None if isinstance(error, LiteLLMError) else error)
         self.dead = error
-        self._end_all(Refusal(500, "the engine has failed, and the server stops", code="engine_failed"))
-        self._loop.call_soon(self._on_death)
+        self.end_all(Refusal(500, "the engine has failed, and the server stops", code="engine_failed"))
+        self._on_death()
 
     def _hand_on(self, job: Job, at: int, row: Row) -> None:
         """Once for each token of each stream, so in few words. `at`: which choice of the job."""
@@ -154,10 +155,6 @@ class Bridge:
                 self._llm.forget(name)
             self._jobs.pop(name, None)
         job.end([] if failure else [job.answered[name] for name in job.names], failure)
-
-    def _end_all(self, failure: Refusal) -> None:
-        for job in {job for job, _ in self._jobs.values()}:
-            self._end(job, failure)
 
 
 class Seat:

@@ -54,8 +54,8 @@ class Kernels:
 
 
 class RemoteLLM:
-    """What a server needs of an `LLM`. `read` may be called by any thread; everything from `start` on belongs to the
-    event loop, which also hears the child: a thread for that would fight it for Python's lock, with every message.
+    """What a server needs of an `LLM`. `read` may be called by any thread, orders by the event loop from `start` on. It
+    hears the child too: a thread for that would fight it for Python's lock with every message.
 
     A context manager: at its end the child ends too.
     """
@@ -78,7 +78,7 @@ class RemoteLLM:
         self._dead: Exception | None = None
         self.cfg: ModelConfig | None = None
         self.kernels, self.beat = Kernels(), time.monotonic()
-        self._start()
+        self._launch()
         try:
             wanted = tuple(name for name, hearer in self._hearers.items() if hearer)
             self._link.send((make, model, options, wanted, logging.root.level if logging.root.handlers else None))
@@ -86,7 +86,7 @@ class RemoteLLM:
             with contextlib.suppress(EOFError):
                 while self.cfg is None and not self._dead:
                     self._listen(None)
-            if self.cfg is None:
+            if self._dead or self.cfg is None:
                 raise self._dead or self._ended()
             self.tokenizer = Tokenizer.load(self._folder)
             self._reader = Reader.of(self._folder, self.name, self.cfg, self.tokenizer, fetcher, decode)
@@ -94,7 +94,7 @@ class RemoteLLM:
             self.close()
             raise
 
-    def _start(self) -> None:
+    def _launch(self) -> None:
         # Ctrl-C is for this process alone, and so is a SIGTERM that a supervisor sends to all: running answers finish.
         code = "import signal, sys\nfor one in (signal.SIGINT, signal.SIGTERM): signal.signal(one, signal.SIG_IGN)\n"
         code += f"sys.path[:] = {[*map(str, sys.path)]!r}\n"  # where this process finds its modules
@@ -134,8 +134,7 @@ class RemoteLLM:
         return self._reader.read(prompt, tools, gone)
 
     def start(self, told: Callable[[News], None], died: Callable[[Exception], None]) -> None:
-        """`told` is called with what the child says, and `died` once with what has ended it, both in the running event
-        loop."""
+        """The running event loop will call `told` with what the child says, and `died` with what has ended it."""
         self._loop, self._told, self._died = asyncio.get_running_loop(), told, died
         self.beat = time.monotonic()
         self._next: asyncio.Handle = self._loop.call_soon(self._hear_child)

@@ -1,6 +1,6 @@
 """An LLM as a server steps it: a step that fails ends requests, and only one that no other could do better raises.
 
-Lives where the LLM lives: in the process of the engine (`child.py`), or in the server's own for tests.
+Lives where the LLM lives: in the process of the engine (`child.py`), or for tests in the server's own.
 """
 
 import logging

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import Future
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -340,17 +341,19 @@ def test_tokens_join_while_the_loop_is_busy_and_half_of_its_time_is_for_others(d
     assert all(after - ended > 0.045 for (_, ended, _), (after, *_) in pairwise(rounds))
 
 
-def test_an_order_that_the_link_does_not_take_at_once_arrives(alone):
-    """Nor does the loop wait for it: the child steps for a second meanwhile."""
-    holding = raw(alone, **LONG | {"stream": True})
-    alone.until(lambda: alone.running == 1)
-    alone.inside(partial(inside.hang, seconds=1))
-    order = partial(inside.size, data=bytes(8 << 20))
+def test_an_order_that_the_link_does_not_take_at_once_arrives_and_nobody_waits_for_it(alone):
+    def order() -> Future:
+        question = partial(inside.size, data=bytes(16 << 20))
+        return asyncio.run_coroutine_threadsafe(alone.engine.ask(question), alone._loop)
+
     start = time.monotonic()
-    found = asyncio.run_coroutine_threadsafe(alone.engine.ask(order), alone._loop)
-    assert httpx.get(alone.url + "/health").status_code == 200 and time.monotonic() - start < 0.8
-    assert alone.engine._link.unsent and found.result(10) == 8 << 20 and not alone.engine._link.unsent
-    holding.close()
+    assert order().result(10) == 16 << 20 and time.monotonic() - start < 3, "also by a child that says nothing"
+    alone.inside(partial(inside.hang, seconds=1))
+    with raw(alone, **LONG | {"stream": True}):
+        time.sleep(0.2)
+        found, start = order(), time.monotonic()
+        assert httpx.get(alone.url + "/health").status_code == 200 and time.monotonic() - start < 0.7
+        assert alone.engine._link.unsent and found.result(10) == 16 << 20 and not alone.engine._link.unsent
     alone.settle()
 
 
