@@ -24,7 +24,7 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """The bridge's thread adds to `pieces` and calls `end`; the loop calls `news`, and `wake` if there are any."""
+    """The bridge adds to `pieces`, then calls `wake`, or `end`; whoever writes to the client calls `news`."""
 
     id: str
     prompts: list[Encoded]
@@ -36,7 +36,7 @@ class Job:
     # By the code of a refusal that names no field: which one is meant.
     fields: Mapping[str | None, str | None] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)  # one for each prompt, once it is over
-    told: bool = False  # whether any token was handed on; belongs to the engine's thread, as the next
+    told: bool = False  # whether any token was handed on
     answered: dict[str, Output] = field(default_factory=dict)  # prompts that are complete, by name
     failure: Refusal | None = None
     over: bool = False
@@ -51,8 +51,8 @@ class Job:
     def end(self, outputs: list[Output], failure: Refusal | None = None) -> None:
         if failure and failure.param is None:
             failure.param = self.fields.get(failure.code)
-        self.outputs, self.failure = outputs, failure
-        self.over = True  # the last thing that is written: who sees it sees the rest
+        self.outputs, self.failure, self.over = outputs, failure, True
+        self.wake()
 
     def wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
@@ -60,16 +60,14 @@ class Job:
 
     async def news(self) -> list[Piece]:
         """What was said since the last call, one piece a choice; [] when all is said. Raises what ended it early."""
-        while True:
-            over = self.over  # read before the pieces, for the last of them comes before it
-            if self.pieces:
-                return self._joined()
-            if over:
-                if self.failure:
-                    raise self.failure
-                return []
+        while not self.pieces and not self.over:
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
+        if self.pieces:
+            return self._joined()
+        if self.failure:
+            raise self.failure
+        return []
 
     def _joined(self) -> list[Piece]:
         found: dict[int, Piece] = {}

@@ -37,6 +37,10 @@ class Link:
         for one in (self._end, self._bell, self._button):
             one.close()
 
+    def fileno(self) -> int:
+        """For event loops, which call `receive(0)` when there is something to read."""
+        return self._end.fileno()
+
     def ring(self) -> None:
         """Ends a `receive` that waits, or else the next one."""
         with contextlib.suppress(OSError):  # it has been rung often enough, or is closed
@@ -52,17 +56,27 @@ class Link:
         data = pickle.dumps(message, protocol=5)
         self._out += _SIZE.pack(len(data))
         self._out += data
-        self._push()
+        self.push()
         while self._most is not None and len(self._out) > self._most:
             self._wait(None, reading=False)
-            self._push()
+            self.push()
+
+    def push(self) -> None:
+        """As much of what is kept as the other side has room for."""
+        try:
+            while self._out:
+                del self._out[: self._end.send(self._out)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._out.clear()  # nobody will ever take it; reading says so
 
     def receive(self, seconds: float | None) -> list[Any]:
         """All messages that have come, waiting for the first at most that long; None: until there is one, or a ring.
 
         EOFError if the other side is gone and all that it said has been received.
         """
-        self._push()
+        self.push()
         if seconds != 0:  # first, for a read that finds nothing gives Python's lock away and must get it back
             self._wait(seconds)
         gone = self._pull()
@@ -94,15 +108,6 @@ class Link:
             return False
         except OSError:
             return True
-
-    def _push(self) -> None:
-        try:
-            while self._out:
-                del self._out[: self._end.send(self._out)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._out.clear()  # nobody will ever take it; reading says so
 
     def _wait(self, seconds: float | None, reading: bool = True) -> None:
         events = select.POLLIN * reading | select.POLLOUT * bool(self._out)

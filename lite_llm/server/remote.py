@@ -6,6 +6,7 @@ A message is the name of a method and its arguments, for the other side to call:
 Nothing here needs torch, which takes a second to import: the child imports it at the same time as this process does.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,12 +54,11 @@ class Kernels:
 
 
 class RemoteLLM:
-    """What a server needs of an `LLM`, and of `Steady`. `read` may be called by any thread; orders and `step` by one.
+    """What a server needs of an `LLM`. `read` may be called by any thread, orders by the event loop from `start` on. It
+    hears the child too: a thread for that would fight it for Python's lock with every message.
 
     A context manager: at its end the child ends too.
     """
-
-    idle = False  # `step` is also how the child's signs of life are heard
 
     def __init__(
         self,
@@ -73,26 +74,27 @@ class RemoteLLM:
     ):
         """As `LLM`, and raises what that would raise. `make`: what the child calls instead of it."""
         self._hearers = {"say": say, "progress": progress, "status": status}
-        self._news, self._answers = News(), []
+        self._asked: deque[asyncio.Future] = deque()  # questions without an answer; the child answers in order
         self._dead: Exception | None = None
         self.cfg: ModelConfig | None = None
         self.kernels, self.beat = Kernels(), time.monotonic()
-        self._start()
+        self._launch()
         try:
             wanted = tuple(name for name, hearer in self._hearers.items() if hearer)
             self._link.send((make, model, options, wanted, logging.root.level if logging.root.handlers else None))
             Tokenizer.prepare(model).join()
-            while self.cfg is None:
-                self._listen(None)
-                if self._dead:
-                    raise self._dead
+            with contextlib.suppress(EOFError):
+                while self.cfg is None and not self._dead:
+                    self._listen(None)
+            if self._dead or self.cfg is None:
+                raise self._dead or self._ended()
             self.tokenizer = Tokenizer.load(self._folder)
             self._reader = Reader.of(self._folder, self.name, self.cfg, self.tokenizer, fetcher, decode)
         except BaseException:
             self.close()
             raise
 
-    def _start(self) -> None:
+    def _launch(self) -> None:
         # Ctrl-C is for this process alone, and so is a SIGTERM that a supervisor sends to all: running answers finish.
         code = "import signal, sys\nfor one in (signal.SIGINT, signal.SIGTERM): signal.signal(one, signal.SIG_IGN)\n"
         code += f"sys.path[:] = {[*map(str, sys.path)]!r}\n"  # where this process finds its modules
@@ -131,6 +133,18 @@ class RemoteLLM:
         """As `LLM.read`; the child has no part in it."""
         return self._reader.read(prompt, tools, gone)
 
+    def start(self, told: Callable[[News], None], died: Callable[[Exception], None]) -> None:
+        """The running event loop will call `told` with what the child says, and `died` with what has ended it."""
+        self._loop, self._told, self._died = asyncio.get_running_loop(), told, died
+        self.beat = time.monotonic()
+        self._next: asyncio.Handle = self._loop.call_soon(self._hear_child)
+
+    async def stop(self) -> None:
+        """Nobody is told of anything any more; `start` may be called again."""
+        self._next.cancel()
+        self._loop.remove_reader(self._link)
+        self._loop.remove_writer(self._link)
+
     # ---- orders
 
     def add_request(
@@ -139,61 +153,78 @@ class RemoteLLM:
         """As `Steady.add_request`. A moment of `time.monotonic` is the same in all processes of a machine."""
         given = name, prompt, params, salt, deadline, streamed
         if params.grammar is None:
-            self._link.send(("add_request", given))
+            self._send(("add_request", given))
         else:  # a compiled one cannot be sent
             given = name, prompt, dataclasses.replace(params, grammar=None), salt, deadline, streamed
-            self._link.send(("compile", (params.grammar.source, given)))
+            self._send(("compile", (params.grammar.source, given)))
 
     def forget(self, name: str) -> None:
-        self._link.send(("forget", (name,)))
+        self._send(("forget", (name,)))
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """As `LLM.grammars`: what is wrong with a grammar is found on this side."""
         return GrammarCompiler(self.tokenizer, self.cfg.vocab, self._eos_ids)
 
-    def in_flight(self) -> InFlight:
-        """Waits for the end of the step under way."""
-        found, self.kernels.compiled, self.kernels.loaded = self.ask(_seen)
+    async def in_flight(self) -> InFlight:
+        """Comes with the end of the step under way; never, if the child has died."""
+        found, self.kernels.compiled, self.kernels.loaded = await self.ask(_seen)
         return found
 
-    def ask(self, question: Callable[["Child"], Any]) -> Any:
-        """What `question`, a function with a name, says of the child. Raises what it raises, or what ends the child."""
-        self._link.send(("answer", (question,)))
-        while not self._answers:
-            if self._dead:
-                raise self._dead
-            self._listen(None)
-        answer = self._answers.pop()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    async def ask(self, question: Callable[["Child"], Any]) -> Any:
+        """What `question`, a function with a name, says of the child. Raises what it raises."""
+        answer = self._loop.create_future()
+        self._asked.append(answer)
+        self._send(("answer", (question,)))
+        return await answer
 
-    def ring(self) -> None:
-        """From any thread: a `step` that waits returns."""
-        self._link.ring()
+    def _send(self, message: tuple[str, tuple]) -> None:
+        self._link.send(message)
+        if self._link.unsent:  # pictures, for one
+            self._loop.add_writer(self._link, self._push)
 
-    def step(self) -> News:
-        """What the child has said since the last call; waits for it, but not for longer than `ring` or a second.
-
-        Raises what has ended the child, once all that it said has been returned.
-        """
-        if not self._news:
-            if self._dead:
-                raise self._dead
-            self._listen(BEAT)
-        news, self._news = self._news, News()
-        return news
+    def _push(self) -> None:
+        self._link.push()
+        if not self._link.unsent:
+            self._loop.remove_writer(self._link)
 
     # ---- what the child says
 
-    def _listen(self, seconds: float | None) -> None:
+    def _hear_child(self) -> None:
+        """In the loop, when there is something to read, be it the child's end; and when it has rested."""
+        began = time.perf_counter()
         try:
-            for name, given in self._link.receive(seconds):
-                self.beat = time.monotonic()
-                getattr(self, name)(*given)
+            heard = self._listen(0)
         except EOFError:
-            self._dead = self._dead or self._ended()
+            self._loop.remove_reader(self._link)
+            # The link is closed before the process is gone, which with a GPU's memory may take seconds.
+            ended = self._loop.run_in_executor(None, self._ended)
+            ended.add_done_callback(lambda ended: self._died(ended.result()))
+            return
+        except Exception as error:
+            self._dead = error
+        if self._dead:
+            self._loop.remove_reader(self._link)
+            self._died(self._dead)
+        elif heard:
+            self._loop.remove_reader(self._link)
+            self._next = self._loop.call_soon(self._rest, began)  # after all who were told
+        else:
+            self._loop.add_reader(self._link, self._hear_child)
+
+    def _rest(self, began: float) -> None:
+        """The loop hears and hands out for half of its time at most, and meanwhile messages wait, and are handed out
+        together. The other half is for requests: an engine with an empty place loses a token with each step until the
+        next one is there."""
+        self._next = self._loop.call_later(time.perf_counter() - began, self._hear_child)
+
+    def _listen(self, seconds: float | None) -> bool:
+        """Whether the child has said anything. EOFError when it has ended, and everything was heard."""
+        messages = self._link.receive(seconds)
+        for name, given in messages:
+            self.beat = time.monotonic()
+            getattr(self, name)(*given)
+        return bool(messages)
 
     def hear(self, hearer: str, *given: Any) -> None:
         self._hearers[hearer](*given)
@@ -202,10 +233,17 @@ class RemoteLLM:
         self._folder, self.name, self.cfg, self._eos_ids, self.max_requests = folder, name, cfg, eos_ids, max_requests
 
     def tell(self, news: News) -> None:
-        self._news += news
+        if news:
+            self._told(news)
 
     def answered(self, answer: Any) -> None:
-        self._answers.append(answer)
+        asked = self._asked.popleft()
+        if asked.done():
+            return  # who asked has given up
+        if isinstance(answer, Exception):
+            asked.set_exception(answer)
+        else:
+            asked.set_result(answer)
 
     def failed(self, error: Exception) -> None:
         self._dead = error

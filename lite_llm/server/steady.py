@@ -1,10 +1,9 @@
 """An LLM as a server steps it: a step that fails ends requests, and only one that no other could do better raises.
 
-Lives where the LLM lives: in the process of the engine (`child.py`), or in the server's own for tests.
+Lives where the LLM lives: in the process of the engine (`child.py`), or for tests in the server's own.
 """
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,7 +26,7 @@ Row = tuple[str, int, str, int, str | None, Sequence[TokenLogprobs]]
 
 @dataclass
 class News:
-    """What one step has said, or several together."""
+    """What one step has said."""
 
     rows: list[Row] = field(default_factory=list)  # of streams all, of other answers those that end them
     outputs: list[Output] = field(default_factory=list)  # of requests that are complete, and forgotten here
@@ -35,12 +34,6 @@ class News:
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.outputs or self.refused)
-
-    def __iadd__(self, other: "News") -> "News":
-        self.rows += other.rows
-        self.outputs += other.outputs
-        self.refused += other.refused
-        return self
 
 
 class Steady:
@@ -58,14 +51,6 @@ class Steady:
     def idle(self) -> bool:
         """Whether a step would do nothing."""
         return self.llm.engine.idle and not self._news
-
-    @property
-    def beat(self) -> float:
-        """The last sign of life, by `time.monotonic`: whoever asks is the thread that steps."""
-        return time.monotonic()
-
-    def ring(self) -> None:
-        """Steps never wait."""
 
     def add_request(
         self, name: str, prompt: Encoded, params: SamplingParams, salt: str, deadline: float | None, streamed: bool

@@ -10,7 +10,6 @@ import string
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 
 import httpx
 import openai
@@ -26,6 +25,7 @@ from lite_llm.server.options import ServeOptions, listen
 from lite_llm.server.remote import Kernels, RemoteLLM
 from lite_llm.server.run import name_of
 from tests.server.inside import check, counts, idle
+from tests.server.stepped import Stepped
 
 COPY = DEMO.parent / "copy"
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
@@ -39,7 +39,8 @@ class Running:
     def __init__(
         self, llm: LLM | RemoteLLM, api_key: str | None = None, max_queue=64, max_body=1 << 20, stall=30.0, timeout=None
     ):  # fmt: skip
-        self.llm, self.bridge = llm, Bridge(llm, max_queue, stall)
+        self.llm, self.engine = llm, llm if isinstance(llm, RemoteLLM) else Stepped(llm)
+        self.bridge = Bridge(self.engine, max_queue, stall)
         self.kernels = llm.kernels if isinstance(llm, RemoteLLM) else Kernels()
         self.server = Server(
             llm, self.bridge, Metrics(self.kernels), name_of(llm.name), 1_800_000_000, max_body, timeout
@@ -55,6 +56,7 @@ class Running:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
     async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self.bridge.start(self.died.set)
         await self._http.serve(sockets=[self._listener])
         await self.bridge.close()
@@ -66,7 +68,7 @@ class Running:
         return self
 
     def __exit__(self, *_) -> None:
-        self.bridge.end_all()
+        self._loop.call_soon_threadsafe(self.bridge.end_all)
         self._http.should_exit = True
         self._thread.join(20)
         assert not self._thread.is_alive()
@@ -95,17 +97,7 @@ class Running:
 
     def inside(self, question):
         """What a function of `inside.py` says of the engine."""
-        answer: Future = Future()
-
-        def order() -> None:
-            try:
-                steady = self.bridge._llm
-                answer.set_result(steady.ask(question) if isinstance(steady, RemoteLLM) else question(steady))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        self.bridge._order(order)
-        return answer.result(10)
+        return asyncio.run_coroutine_threadsafe(self.engine.ask(question), self._loop).result(10)
 
     @property
     def running(self) -> int:

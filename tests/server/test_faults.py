@@ -146,13 +146,6 @@ def test_a_step_that_hangs_turns_readiness_off(demo, monkeypatch):
         running.settle()
 
 
-def test_an_idle_engine_stays_ready(demo, monkeypatch):
-    monkeypatch.setattr(bridges, "_IDLE_BEAT", 0.1)
-    with Running(demo, stall=0.6) as running:
-        threading.Event().wait(1)
-        assert running.bridge.ready
-
-
 def test_after_a_failed_step_everything_is_said_once(demo, monkeypatch):
     """What landed before it raised comes, what was said before does not come again, and nobody is left in the dark."""
     engine = steady.Steady(demo)

@@ -7,7 +7,9 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import Future
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +19,9 @@ import pytest
 from lite_llm.engine.request import SamplingParams
 from lite_llm.errors import BadCheckpoint, EnvironmentProblem, UsageError
 from lite_llm.llm import LLM
-from lite_llm.prompts import Encoded
-from lite_llm.server.bridge import Bridge
-from lite_llm.server.job import Job
 from lite_llm.server.link import Link
 from lite_llm.server.remote import RemoteLLM
+from lite_llm.server.steady import News
 from tests.server import inside
 from tests.server.conftest import CHAT, PARIS, Running, opened
 from tests.server.test_connections import LONG, raw
@@ -104,19 +104,32 @@ def test_what_the_engine_refuses_is_said_as_by_one_in_this_process(server, demo)
 
 def test_only_streams_are_told_of_every_token(demo):
     params = SamplingParams(max_tokens=5, ignore_eos=True)
-    with opened(kind=RemoteLLM) as llm:
+
+    async def use(llm: RemoteLLM) -> tuple[list, list, BaseException]:
+        rows, outputs, both = [], [], asyncio.Event()
+
+        def told(news: News) -> None:
+            rows.extend(news.rows)
+            outputs.extend(news.outputs)
+            if len(outputs) == 2:
+                both.set()
+
+        llm.start(told, lambda error: None)
         for name in ("stream", "whole"):
             llm.add_request(name, llm.read("a b"), params, "", None, streamed=name == "stream")
-        rows, outputs = [], []
-        while len(outputs) < 2:
-            news = llm.step()
-            rows, outputs = rows + news.rows, outputs + news.outputs
+        await both.wait()
+        await llm.ask(inside.check)
+        with pytest.raises(ValueError) as caught:
+            await llm.ask(inside.wrong)
+        await llm.stop()
+        return rows, outputs, caught.value
+
+    with opened(kind=RemoteLLM) as llm:
+        rows, outputs, wrong = asyncio.run(use(llm))
         assert [row[:2] + row[3:5] for row in rows if row[0] == "whole"] == [("whole", 0, 1, "length")]
         assert sum(row[3] for row in rows if row[0] == "stream") == 5 and len(rows) > 5
         assert len({output.text for output in outputs}) == 1 == len({row[2] for row in rows if row[4]})
-        llm.ask(inside.check)
-        with pytest.raises(ValueError, match="nonsense"):
-            llm.ask(inside.wrong)
+        assert isinstance(wrong, ValueError) and "nonsense" in str(wrong)
     assert llm.process.returncode == 0
 
 
@@ -297,49 +310,51 @@ def test_a_link_keeps_what_is_not_taken_and_waits_only_beyond_its_bound():
     theirs.ring()
 
 
-def test_the_event_loop_is_woken_once_for_all_that_is_said_until_it_comes():
-    llm = SimpleNamespace(engine=SimpleNamespace(scheduler=SimpleNamespace(max_requests=4)))
-    bridge, woken = Bridge(llm, max_queue=4), []
-    jobs = [Job(name, [Encoded([1])], SamplingParams(), streamed=True) for name in "ab"]
-    bridge._jobs = {job.id: (job, 0) for job in jobs}
+def test_tokens_join_while_the_loop_is_busy_and_half_of_its_time_is_for_others(demo):
+    async def use(llm: RemoteLLM) -> list[tuple[float, float, int]]:
+        """When each round of handing out began and ended, and its tokens."""
+        loop, rounds, waiting, end = asyncio.get_running_loop(), [], [], asyncio.Event()
 
-    def say(*names: str) -> None:
-        bridge._llm = SimpleNamespace(
-            step=lambda: SimpleNamespace(rows=[(name, 0, "x", 1, None, ()) for name in names], outputs=[], refused=[])
-        )
-        bridge._step()
+        def hand_out() -> None:
+            began = time.monotonic()
+            time.sleep(0.05)
+            rounds.append((began, time.monotonic(), sum(row[3] for row in waiting)))
+            waiting.clear()
 
-    async def run() -> None:
-        soon, later, clock = [], [], [1.0]
-        bridge._loop = SimpleNamespace(
-            call_soon_threadsafe=woken.append, call_soon=lambda *call: soon.append(call),
-            call_later=lambda *call: later.append(call), time=lambda: clock[0],
-        )  # fmt: skip
+        def told(news: News) -> None:
+            if not waiting:
+                loop.call_soon(hand_out)
+            waiting.extend(news.rows)
+            if news.outputs:
+                loop.call_soon(end.set)
 
-        def hand_out_for(seconds: float) -> None:
-            clock[0] += seconds
-            (rest, began), *_ = soon
-            soon.clear()
-            rest(began)
+        llm.start(told, lambda error: None)
+        params = SamplingParams(max_tokens=300, ignore_eos=True)
+        llm.add_request("a", llm.read("a b"), params, "", None, streamed=True)
+        await end.wait()
+        await llm.stop()
+        return rounds
 
-        say("a")
-        say("a", "b")
-        assert len(woken) == 1
-        woken.pop()()
-        assert [piece.text for job in jobs for piece in await job.news()] == ["xx", "x"]
-        hand_out_for(0.25)
-        say()
-        say("b")
-        assert not woken and later[0][0] == 0.25, "it does something else for as long as it has handed out"
-        later.pop()[1]()
-        assert [piece.text for piece in await jobs[1].news()] == ["x"]
-        hand_out_for(0.25)
-        later.pop()[1]()
-        assert not soon and not woken, "nobody has said anything"
-        say("b")
-        assert len(woken) == 1
+    with opened(kind=RemoteLLM) as llm:
+        rounds = asyncio.run(use(llm))
+    assert sum(tokens for *_, tokens in rounds) == 300 and len(rounds) < 30
+    assert all(after - ended > 0.045 for (_, ended, _), (after, *_) in pairwise(rounds))
 
-    asyncio.run(run())
+
+def test_an_order_that_the_link_does_not_take_at_once_arrives_and_nobody_waits_for_it(alone):
+    def order() -> Future:
+        question = partial(inside.size, data=bytes(16 << 20))
+        return asyncio.run_coroutine_threadsafe(alone.engine.ask(question), alone._loop)
+
+    start = time.monotonic()
+    assert order().result(10) == 16 << 20 and time.monotonic() - start < 3, "also by a child that says nothing"
+    alone.inside(partial(inside.hang, seconds=1))
+    with raw(alone, **LONG | {"stream": True}):
+        time.sleep(0.2)
+        found, start = order(), time.monotonic()
+        assert httpx.get(alone.url + "/health").status_code == 200 and time.monotonic() - start < 0.7
+        assert alone.engine._link.unsent and found.result(10) == 16 << 20 and not alone.engine._link.unsent
+    alone.settle()
 
 
 def test_kernels_that_the_child_compiles_are_counted(alone):
