@@ -26,7 +26,7 @@ def prepare(device: torch.device) -> threading.Thread | None:
     """On a GPU, begin in a thread what the first kernel would wait for, compiled or loaded."""
     if device.type != "cuda":
         return None
-    thread = threading.Thread(target=_prepare, daemon=True, name="lite_llm-kernels")
+    thread = threading.Thread(target=_prepare, name="lite_llm-kernels")  # waited for at the end
     thread.start()
     return thread
 

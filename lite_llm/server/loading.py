@@ -39,7 +39,11 @@ class Loading:
         self._thread = threading.Thread(target=self._run, name="lite_llm-loading")
 
     def __enter__(self) -> "Loading":
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # Ctrl-C while it starts, and then nobody calls __exit__
+            self._loaded.set()
+            raise
         return self
 
     def __exit__(self, *_) -> None:

@@ -100,7 +100,7 @@ class Tokenizer:
 
         `load` waits for it, and says what is wrong. Of a hub id, or None, only what every checkpoint needs.
         """
-        thread = threading.Thread(target=_import_for, args=(path,), daemon=True, name="lite_llm-tokenizer")
+        thread = threading.Thread(target=_import_for, args=(path,), name="lite_llm-tokenizer")  # waited for at the end
         thread.start()
         return thread
 

@@ -110,6 +110,23 @@ def test_the_server_takes_over_without_losing_a_request(starting):
     assert process.end() == 0 and "Traceback" not in "".join(process.log)
 
 
+def test_ctrl_c_while_the_thread_starts_ends_it(monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    with listen(ServeOptions(port=0)) as listener:
+        loading = Loading(listener)
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt), loading:
+            pass
+        monkeypatch.undo()
+        loading._thread.join(10)
+        assert not loading._thread.is_alive()
+
+
 def test_ctrl_c_while_loading_ends_the_process(starting):
     process, url = starting
     assert first_answer(url).status_code == 503
