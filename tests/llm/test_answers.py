@@ -183,3 +183,9 @@ def test_a_tiny_pool_gives_the_same_answers(llm, checkpoint):
                 )
                 for x, y in zip(one.logprobs, other.logprobs, strict=True):
                     assert x.token == y.token and x.logprob == pytest.approx(y.logprob, abs=1e-3)
+
+
+def test_nothing_is_kept_of_what_is_forgotten(llm):
+    llm.generate(["Hello", "What is 2 + 2?"], SamplingParams(max_tokens=4, n=2, temperature=1.0))
+    next(llm.stream("Hello"))
+    assert not llm._streams and not llm._answers
