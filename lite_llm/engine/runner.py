@@ -45,7 +45,10 @@ TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BETWEEN = tuple(n // 4 * quarters for n in TOKENS[4:-1] for quarters in (5, 6, 7))
 """Further numbers of tokens, of steps that nobody decodes in: their first token waits for every pad."""
 BESIDE = (16, 64, 128)
-"""Decodes that prompts are computed beside; in steps of at least 64 tokens, for fewer take as long."""
+"""Decodes that prompts are computed beside."""
+LEAST, LARGE = 64, 512
+"""Tokens of the smallest step with prompts and decodes, for fewer take as long, and of one whose matmuls take longer
+than reading the weights."""
 PROMPTS = 32
 """Most prompts in one step of a graph."""
 READING = 192
@@ -59,9 +62,20 @@ def shapes(max_requests: int, step_tokens: int) -> list[Shape]:
     tokens = [n for n in TOKENS if n < step_tokens] + [step_tokens]
     prompts = min(PROMPTS, max_requests)
     beside = [n for n in BESIDE if n < max_requests] + [max_requests]
-    mixed = [Shape(d, min(prompts, t), t) for t in tokens if t >= min(64, step_tokens) for d in beside]
+    mixed = [Shape(d, min(prompts, t), t) for d in beside for t in _filling(d, tokens)]
     mixed += [Shape(0, min(prompts, t), t) for t in tokens + [t for t in BETWEEN if t < step_tokens]]
     return [Shape(d, 0, 0) for d in decodes] + sorted(mixed, key=lambda shape: shape.decodes + shape.tokens)
+
+
+def _filling(decodes: int, tokens: list[int]) -> list[int]:
+    """Numbers of tokens of prompts for steps with so many decodes; `tokens` are those for steps without.
+
+    Large ones come to one of `tokens` together with the decodes: matmuls are cut into tiles of 128 tokens and more, and
+    32 of them fill a GPU evenly where 34 need another round of it.
+    """
+    least = max(4 * decodes, LARGE)
+    few = [n for n in tokens if LEAST <= n <= least // 2]
+    return few + [n - decodes for n in tokens if n >= least] or tokens[-1:]
 
 
 class Runner:
@@ -115,14 +129,17 @@ class Runner:
     def fill(self, decodes: int, tokens: int) -> int:
         """How many of a step's tokens of prompts are better computed in it, and not in the next one.
 
-        All, unless fewer pads are computed if the largest shape that they fill comes first and one for the rest next: a
-        step in which others decode takes place anyway, another one has to be worth reading the weights once more.
+        All, unless there are more than any shape holds, or fewer pads are computed if the largest shape that they fill
+        comes first and one for the rest next: a step in which others decode takes place anyway, another one has to be
+        worth reading the weights once more.
         """
         if not self.fixed:
             return tokens
         chosen = self.fit(decodes, 1, 1).decodes
         sizes = sorted(shape.tokens for shape in self.fixed if shape.decodes == chosen and shape.prompts)
         filled = max((size for size in sizes if size <= tokens), default=tokens)
+        if filled == sizes[-1]:
+            return filled
         if filled < tokens:
             whole, rest = (next(size for size in sizes if size >= n) for n in (tokens, tokens - filled))
             if whole > filled + rest + (0 if decodes else READING):

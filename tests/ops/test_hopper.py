@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import lite_llm.ops.triton
-from lite_llm.ops.triton.decode import LOG2E, LOWEST
+from lite_llm.ops.triton.decode import LOG2E
 from lite_llm.ops.triton.hopper import on_hopper
+from lite_llm.ops.triton.partial import LOWEST
 from tests.close import DEVICE, assert_close
 from tests.ops import gluon
 from tests.ops.attention import Case, case, exact

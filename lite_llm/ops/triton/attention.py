@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lite_llm.ops.reference.attention import HEAD_DIMS, MAX_GROUP
 from lite_llm.ops.triton.aot import SHARED, AotCase
-from lite_llm.ops.triton.decode import LOG2E, LOWEST, capability, decode
+from lite_llm.ops.triton.decode import LOG2E, capability, decode
 from lite_llm.ops.triton.hopper import attend_hopper, on_hopper
 from lite_llm.ops.triton.layout import FLOATS, check
+from lite_llm.ops.triton.partial import LOWEST
 
 
 class Tiles(NamedTuple):

@@ -5,7 +5,7 @@ lengths are on the device, so each program works out its run for itself, and one
 
 A request's keys are cut into segments whose size depends on its own length alone. No segment is shared by two programs,
 and results are added up in segment order, in whatever program that happens: so a request's answer is the same to the
-last bit whatever shares the batch, as long as few requests stay few (see FEW and SOME).
+last bit whatever shares the batch, as long as there are no more than MANY requests, or always more.
 """
 
 import functools
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from lite_llm.ops.triton.aot import SHARED, AotCase
 from lite_llm.ops.triton.launch import AT_ONCE, LAST, WAITED, pdl, prefetch, release, tickets, wait
+from lite_llm.ops.triton.partial import add, keep, merge, nothing, put
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)  # a finite "no key yet": LOWEST - LOWEST is 0 where -inf - -inf is NaN
 
 SEGMENT = 64
 """Keys in the smallest segment, or one tile if that has more."""
 
-FEW, SOME = 4, 32
-"""Requests up to which only latency counts, and latency more than bandwidth; the tile depends on this, and on nothing
-else of the batch.
+MANY = 128
+"""Requests above which a program has so many of them that small programs, and more of them at a time, are faster. The
+tile depends on this and on nothing else of the batch.
 """
 
 
@@ -44,7 +44,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(head_dim: int, itemsize: int, capability: int, requests: int) -> Tiles:
-    """Of those that spill nothing, what keeps the most bytes on their way; for few requests, what is done soonest.
+    """Of those that spill nothing, what keeps the most bytes on their way.
 
     K and V tiles of all stages fit in 99 KB where that is the limit.
     """
@@ -52,14 +52,17 @@ def tiles(head_dim: int, itemsize: int, capability: int, requests: int) -> Tiles
     if itemsize == 4:  # exact fp32 products run on the plain cores
         if wide == 128:
             return Tiles(16 if capability == 90 else 32, 4 if capability == 100 else 8, 2, 2)
-        return Tiles(32, 4, 3 if capability == 90 else 2, 2) if wide <= 64 else Tiles(16, 4, 2, 2)
+        if wide == 256:
+            return Tiles(16, 8 if capability == 80 else 4, 2, 2)
+        return Tiles(32, 4, 3 if capability == 90 or (capability, wide) == (120, 32) else 2, 2)
     if wide == 256:
         return Tiles(64 if large else 32, 8, 3, 1)
     if wide == 128:
         return Tiles(32, 8, 3, 2) if capability == 120 else Tiles(64, 4, 3, 2 if large else 1)
-    if wide == 64 and requests > FEW and capability == 90:  # on an H200, 64 keys at a time are slower by up to a half
-        return Tiles(128, 4, 2, 3) if requests > SOME else Tiles(128, 8, 3, 1, least=2)
-    return Tiles(64, 8 if wide == 64 and capability >= 100 else 4, 3, 3)
+    if wide == 64:
+        many = requests > MANY and capability == 90
+        return Tiles(64, 2, 3, 4) if many else Tiles(128, 4, 2, 3 if large else 2)
+    return Tiles(64, 4, 3, 3)
 
 
 def max_segments(kv_heads: int) -> int:
@@ -130,14 +133,14 @@ def aot_cases(capability: int) -> list[AotCase]:
     sizes += [(d, "fp32", 4, True) for d in (16, 32, 64, 80, 96, 112, 128, 256)]
     sizes += [(128, "fp16", 4, False), (64, "bf16", 7, False)]
     sizes += [(128, "bf16", g, False) for g in (1, 2, 3, 5, 7, 8, 16)]
-    few = tiles(64, 2, capability, FEW)
-    few = [few._replace(release=when, asked=n) for when, n in ((AT_ONCE, 0), (WAITED, 2), (LAST, 8))]
-    few.append(tiles(64, 2, capability, SOME))
-    return [_case(capability, *size) for size in sizes] + [_case(capability, 64, "bf16", 4, False, f) for f in few]
+    usual, many = tiles(64, 2, capability, 1), tiles(64, 2, capability, MANY + 1)
+    more = [usual._replace(release=when, asked=n) for when, n in ((AT_ONCE, 0), (LAST, 8))]
+    cases = [_case(capability, *size) for size in sizes] + [_case(capability, 64, "bf16", 4, False, m) for m in more]
+    return cases + [_case(capability, 64, "bf16", g, w, many) for g, w in ((4, False), (7, True)) if many != usual]
 
 
-def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool, few: Tiles | None = None) -> AotCase:
-    shape = few or tiles(head_dim, 4 if dtype == "fp32" else 2, capability, SOME + 1)
+def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool, tile: Tiles | None = None) -> AotCase:
+    shape = tile or tiles(head_dim, 4 if dtype == "fp32" else 2, capability, 1)
     kinds = dict.fromkeys(("q", "k_pool", "v_pool", "out"), f"*{dtype}") | {"scale": "fp32"}
     kinds |= dict.fromkeys(("table", "rows", "kv_len", "tickets"), "*i32") | {"partial": "*fp32", "stats": "*fp32"}
     kinds |= dict.fromkeys(("table_stride", "decodes", "segments", "window", "least"), "i32")
@@ -145,7 +148,7 @@ def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool
     constants |= {"BLOCK_N": shape.block_n, "RELEASE": shape.release, "ASKED": shape.asked, "PDL": capability >= 90}
     constants |= sizes(group, head_dim)
     name = f"decode-{dtype}-d{head_dim}-g{group}" + "-window" * windowed
-    name += f"-tile{few.block_n}r{few.release}a{few.asked}" if few else ""
+    name += f"-tile{tile.block_n}r{tile.release}a{tile.asked}" if tile else ""
     unaligned = dict.fromkeys(("table", "rows", "kv_len"), 1)
     return AotCase(
         name, _decode_kernel, kinds, constants, unaligned, shape.num_warps, shape.num_stages, SHARED[capability]
@@ -165,7 +168,8 @@ def _decode_kernel(
 ):  # fmt: skip
     """Program (h, p) takes the p-th run of tiles, for KV head h and its GROUP query heads.
 
-    It goes through its run in parts: all that it has of a request that it begins, one segment of one that it does not.
+    One loop goes through all tiles of the run, whichever request they are of, so that loads never pause between two
+    requests. What a program has of a request that it begins is one sum; of another's, it keeps each segment.
     """
     if RELEASE == 0:
         release(PDL)
@@ -174,16 +178,20 @@ def _decode_kernel(
     if left == 0:
         wait(PDL)
         return
-    length = tl.load(kv_len + request)
-    _, origin, size, _ = _cut(length, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+    length, mine = _whose(kv_len, rows, table, table_stride, request, decodes)
+    _, origin, size, most = _cut(length, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
     tile = tl.cdiv(tl.maximum(tl.program_id(1) * share - base, 0), size) * size  # of the request, where the run begins
     k_pool += kv_head * HEAD_DIM
     v_pool += kv_head * HEAD_DIM
     if PDL and ASKED > 0:
-        mine = table + tl.load(rows + request).to(tl.int64) * table_stride
         start = origin + tile * BLOCK_N
         end = tl.minimum(start + left * BLOCK_N, length)
         _ask(k_pool, v_pool, mine, start, end, KV_HEADS * HEAD_DIM, HEAD_DIM, ASKED * BLOCK_N)
+    # What the next tile needs before its keys can be asked for is there when its turn comes: its slots, and where the
+    # next request's stand. Loaded where they are used, they would stop the pipelining.
+    key = tl.arange(0, BLOCK_N)
+    slots = tl.load(mine + origin + tile * BLOCK_N + key, origin + tile * BLOCK_N + key < length, other=0)
+    length_1, mine_1 = _whose(kv_len, rows, table, table_stride, request + 1, decodes)
     wait(PDL)
     if RELEASE == 1:
         release(PDL)
@@ -191,71 +199,104 @@ def _decode_kernel(
     # GROUP query heads in 16 rows, the least that a tensor core takes.
     head = tl.arange(0, 16)
     col = tl.arange(0, WIDE)
-    key = tl.arange(0, BLOCK_N)
+    real = (head < GROUP)[:, None] & (col < HEAD_DIM)[None, :]
+    within = kv_head * (GROUP * HEAD_DIM) + head[:, None] * HEAD_DIM + col[None, :]
     scale *= LOG2E
-    done = 0  # segments of this request
-    while left > 0:
-        length = tl.load(kv_len + request)
+    first_request, first_base, first_tile, first_tiles = request, base, tile, tl.minimum(most - tile, left)
+    begun = tile == 0
+    all_peak, all_total, all_acc = nothing(WIDE)  # of the segments so far, in their order
+    peak, total, acc = nothing(WIDE)  # of this segment
+    for _ in tl.range(left):
         first, origin, size, most = _cut(length, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
-        part = tl.minimum(tl.minimum(tl.where(tile == 0, most, size), most - tile), left)
-        start = origin + tile * BLOCK_N
+        n = origin + tile * BLOCK_N
+        visible = n + key < length
+        if WINDOWED:
+            visible &= n + key >= first
+        at = slots.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + col[None, :]  # int64: a pool may pass 2**31
+        mask = visible[:, None]
+        if WIDE != HEAD_DIM:
+            mask &= (col < HEAD_DIM)[None, :]
         owner = request.to(tl.int64) * KV_HEADS + kv_head
-        real = (head < GROUP)[:, None] & (col < HEAD_DIM)[None, :]
-        cell = owner * (GROUP * HEAD_DIM) + head[:, None] * HEAD_DIM + col[None, :]
-        queries = tl.load(q + cell, real, other=0.0)
+        ends = tile + 1 == most
+        split = ends | ((tile + 1) % size == 0)
 
-        all_peak, all_total, all_acc = _nothing(WIDE)  # of the segments so far, in their order
-        peak, total, acc = _nothing(WIDE)  # of this segment
-        # The next tile's slots travel in a loop variable: loaded where they are used, they would stop the pipelining.
-        mine = table + tl.load(rows + request).to(tl.int64) * table_stride
-        slots = tl.load(mine + start + key, start + key < length, other=0)
-        for i in tl.range(part):
-            n = start + i * BLOCK_N
-            visible = n + key < length
-            if WINDOWED:
-                visible &= n + key >= first
-            at = slots.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + col[None, :]  # int64: a pool may pass 2**31
-            slots = tl.load(mine + n + BLOCK_N + key, n + BLOCK_N + key < length, other=0)
-            mask = visible[:, None]
-            if WIDE != HEAD_DIM:
-                mask &= (col < HEAD_DIM)[None, :]
-            k = tl.load(k_pool + at, mask, other=0.0)
-            scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
-            scores = tl.where(visible[None, :], scores, -float("inf"))
-            highest = tl.maximum(peak, tl.max(scores, 1))
-            weights = tl.exp2(scores - highest[:, None])
-            fade = tl.exp2(peak - highest)
-            total = total * fade + tl.sum(weights, 1)
-            v = tl.load(v_pool + at, mask, other=0.0)
-            acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-            peak = highest
-            if ((i + 1) % size == 0) | (i + 1 == part):
-                all_peak, all_total, all_acc = _add(all_peak, all_total, all_acc, peak, total, acc)
-                peak, total, acc = _nothing(WIDE)
+        next_length, next_mine = tl.where(ends, length_1, length), tl.where(ends, mine_1, mine)
+        next_tile = tl.where(ends, 0, tile + 1)
+        next_first = tl.maximum(next_length - window, 0) // BLOCK_N * BLOCK_N if WINDOWED else 0
+        next_n = next_first + next_tile * BLOCK_N
+        slots = tl.load(next_mine + next_n + key, next_n + key < next_length, other=0)
+        length_1, mine_1 = _whose(kv_len, rows, table, table_stride, request + 1 + ends.to(tl.int32), decodes)
 
-        left -= part
-        if RELEASE == 2 and left == 0:
-            release(PDL)
-        ends = tile + part == most
-        if ends & (tile == 0):
-            _put(out + owner * (GROUP * HEAD_DIM), all_total, all_acc, GROUP, HEAD_DIM)
-        else:
-            _keep(partial, stats, owner * segments + tile // size, all_peak, all_total, all_acc, GROUP, HEAD_DIM)
-            done += tl.cdiv(part, size)
-            if ends | (left == 0):
-                tl.debug_barrier()  # all threads have stored before one of them takes the ticket
-                used = tl.cdiv(most, size)
-                if tl.atomic_add(tickets + owner, done, sem="acq_rel", scope="gpu") + done == used:
-                    together = tl.cdiv((base // share + 1) * share - base, size)  # in the part that began the request
-                    _merge(
-                        partial, stats, out + owner * (GROUP * HEAD_DIM), owner * segments, together, used,
-                        GROUP, HEAD_DIM, WIDE_GROUP, WIDE,
-                    )  # fmt: skip
-                    tl.store(tickets + owner, 0)
-                done = 0
+        queries = tl.load(q + request.to(tl.int64) * (KV_HEADS * GROUP * HEAD_DIM) + within, real, other=0.0)
+        k = tl.load(k_pool + at, mask, other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(visible[None, :], scores, -float("inf"))
+        highest = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - highest[:, None])
+        fade = tl.exp2(peak - highest)
+        total = total * fade + tl.sum(weights, 1)
+        v = tl.load(v_pool + at, mask, other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        peak = highest
+        if split:
+            all_peak, all_total, all_acc = add(all_peak, all_total, all_acc, peak, total, acc)
+            peak, total, acc = nothing(WIDE)
+            if begun & ends:
+                put(out + owner * (GROUP * HEAD_DIM), all_total, all_acc, GROUP, HEAD_DIM)
+                all_peak, all_total, all_acc = nothing(WIDE)
+            if begun == 0:
+                keep(partial, stats, owner * segments + tile // size, all_peak, all_total, all_acc, GROUP, HEAD_DIM)
+                all_peak, all_total, all_acc = nothing(WIDE)
+            begun |= ends
+
         request += ends.to(tl.int32)
         base += tl.where(ends, most, 0)
-        tile = tl.where(ends, 0, tile + part)
+        tile, length, mine = next_tile, next_length, next_mine
+
+    if RELEASE == 2:
+        release(PDL)
+    # Two requests may be shared with other programs: the last of the run, if it does not end here, and the first, if it
+    # did not begin here.
+    if begun & (tile > 0):
+        _, _, size, _ = _cut(length, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+        place = (request.to(tl.int64) * KV_HEADS + kv_head) * segments
+        keep(partial, stats, place, all_peak, all_total, all_acc, GROUP, HEAD_DIM)
+        _arrive(
+            partial, stats, out, tickets, kv_len, request, kv_head, base, share, tile, segments, window,
+            KV_HEADS, GROUP, HEAD_DIM, WIDE, WIDE_GROUP, SEGMENT, MAX_SEGMENTS, WINDOWED, BLOCK_N,
+        )  # fmt: skip
+    if first_tile > 0:
+        _arrive(
+            partial, stats, out, tickets, kv_len, first_request, kv_head, first_base, share, first_tiles, segments,
+            window, KV_HEADS, GROUP, HEAD_DIM, WIDE, WIDE_GROUP, SEGMENT, MAX_SEGMENTS, WINDOWED, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _whose(kv_len, rows, table, table_stride, request, decodes):
+    """A request's length and its row of the table; of the last one, where there are no more."""
+    request = tl.minimum(request, decodes - 1)
+    return tl.load(kv_len + request), table + tl.load(rows + request).to(tl.int64) * table_stride
+
+
+@triton.jit
+def _arrive(
+    partial, stats, out, tickets, kv_len, request, kv_head, base, share, tiles, segments, window,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, WIDE_GROUP: tl.constexpr,
+    SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """This program has kept `tiles` tiles of a request that it shares; whoever is the last to come adds all up."""
+    _, _, size, most = _cut(tl.load(kv_len + request), window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+    owner = request.to(tl.int64) * KV_HEADS + kv_head
+    done, used = tl.cdiv(tiles, size), tl.cdiv(most, size)
+    tl.debug_barrier()  # all threads have stored before one of them takes the ticket
+    if tl.atomic_add(tickets + owner, done, sem="acq_rel", scope="gpu") + done == used:
+        together = tl.cdiv((base // share + 1) * share - base, size)  # in the part that began the request
+        merge(
+            partial, stats, out + owner * (GROUP * HEAD_DIM), owner * segments, together, used,
+            GROUP, HEAD_DIM, WIDE_GROUP, WIDE,
+        )  # fmt: skip
+        tl.store(tickets + owner, 0)
 
 
 @triton.jit
@@ -326,75 +367,3 @@ def _ask(k_pool, v_pool, mine, n, end, STRIDE: tl.constexpr, HEAD_DIM: tl.conste
     for line in tl.static_range(LINES):
         prefetch(k_pool + at + line * LINE)
         prefetch(v_pool + at + line * LINE)
-
-
-@triton.jit
-def _nothing(WIDE: tl.constexpr):
-    """Highest score, sum of weights and weighted values, of no keys."""
-    return tl.full([16], LOWEST, tl.float32), tl.zeros([16], tl.float32), tl.zeros([16, WIDE], tl.float32)
-
-
-@triton.jit
-def _add(peak, total, acc, more_peak, more_total, more_acc):
-    """The sums of some keys and of those behind them.
-
-    By fma, or the compiler would choose which product to round, here and there another, and the bits would depend on
-    who adds.
-    """
-    highest = tl.maximum(peak, more_peak)
-    fade, other = tl.exp2(peak - highest), tl.exp2(more_peak - highest)
-    total = tl.fma(total, fade, more_total * other)
-    acc = tl.fma(acc, tl.broadcast_to(fade[:, None], acc.shape), more_acc * other[:, None])
-    return highest, total, acc
-
-
-@triton.jit
-def _keep(partial, stats, place, peak, total, acc, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
-    head = tl.arange(0, acc.shape[0])
-    col = tl.arange(0, acc.shape[1])
-    at = place * GROUP + head
-    tl.store(partial + at[:, None] * HEAD_DIM + col[None, :], acc, (head < GROUP)[:, None] & (col < HEAD_DIM)[None, :])
-    tl.store(stats + at * 2, peak, head < GROUP)
-    tl.store(stats + at * 2 + 1, total, head < GROUP)
-
-
-@triton.jit
-def _kept(
-    partial, stats, place, some, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE_GROUP: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """What `_keep` kept, or nothing. .cg: other programs wrote it, and this processor's L1 may not know."""
-    head = tl.arange(0, WIDE_GROUP)
-    col = tl.arange(0, WIDE)
-    at = place * GROUP + head
-    mine = head < tl.where(some, GROUP, 0)
-    peak = tl.load(stats + at * 2, mine, LOWEST, cache_modifier=".cg")
-    total = tl.load(stats + at * 2 + 1, mine, 0.0, cache_modifier=".cg")
-    cells = mine[:, None] & (col < HEAD_DIM)[None, :]
-    acc = tl.load(partial + at[:, None] * HEAD_DIM + col[None, :], cells, 0.0, cache_modifier=".cg")
-    return peak, total, acc
-
-
-@triton.jit
-def _put(out, total, acc, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
-    head = tl.arange(0, acc.shape[0])
-    col = tl.arange(0, acc.shape[1])
-    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    real = (head < GROUP)[:, None] & (col < HEAD_DIM)[None, :]
-    tl.store(out + head[:, None] * HEAD_DIM + col[None, :], acc.to(out.dtype.element_ty), real)
-
-
-@triton.jit
-def _merge(
-    partial, stats, out, place, together, used,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE_GROUP: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Add up the segments of one request and KV head in their order; the first `together` are one sum already."""
-    ASKED: tl.constexpr = max(min(4096 // (WIDE_GROUP * WIDE), WIDE // 8), 2)  # segments on their way at a time
-    peak, total, acc = _kept(partial, stats, place, used > 0, GROUP, HEAD_DIM, WIDE_GROUP, WIDE)
-    for first in tl.range(together, used, ASKED, num_stages=1):
-        for i in tl.static_range(ASKED):
-            one = first + i
-            more = _kept(partial, stats, place + one, one < used, GROUP, HEAD_DIM, WIDE_GROUP, WIDE)
-            peak, total, acc = _add(peak, total, acc, more[0], more[1], more[2])
-    _put(out, total, acc, GROUP, HEAD_DIM)

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lite_llm.ops.triton.decode import LOWEST
+from lite_llm.ops.triton.partial import LOWEST
 
 
 @gluon.jit
