@@ -199,6 +199,8 @@ class LLM:
         try:
             for prompt, wish in zip(prompts, params, strict=True):
                 names.append(self.add_request(prompt, wish))
+                if self.engine.scheduler.fills_a_step:
+                    self.step()  # while the others are read
             for name in names:
                 while not self.finished(name):
                     self.step()
@@ -249,9 +251,7 @@ class LLM:
         streams: list[Answer] = []
         try:
             for index in range(params.n):
-                own = dataclasses.replace(params, n=1, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
-                if index:
-                    own = dataclasses.replace(own, prompt_logprobs=None)  # the first one tells them
+                own = params.of_answer(index)
                 request = Request(list(asked.ids), own, stops, limit, asked.pictures, salt, deadline)
                 self.engine.add(request)
                 streams.append(Answer(name, index, request, self.tokenizer))

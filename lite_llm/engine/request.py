@@ -108,6 +108,14 @@ class SamplingParams:
             chosen["seed"] = int.from_bytes(os.urandom(4), "little")
         return dataclasses.replace(self, **chosen)
 
+    def of_answer(self, index: int) -> "SamplingParams":
+        """Of the index-th of `n` answers alone, once resolved: the seeds follow each other, and the first answer tells
+        what the prompt's tokens were worth."""
+        if self.n == 1:
+            return self
+        seed = (self.seed + index + 2**63) % 2**64 - 2**63
+        return dataclasses.replace(self, n=1, seed=seed, prompt_logprobs=None if index else self.prompt_logprobs)
+
     @property
     def greedy(self) -> bool:
         return self.temperature < COLDEST

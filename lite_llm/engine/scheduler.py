@@ -69,6 +69,11 @@ class Scheduler:
         """Slots that running requests hold, each counted once; the prefix cache may hold more, but gives them up."""
         return self.capacity - self.slots.free_count - self.prefix.evictable
 
+    @property
+    def fills_a_step(self) -> bool:
+        """Whether those that wait have as many tokens as a step takes."""
+        return any(tokens >= self.step_tokens for tokens in itertools.accumulate(r.pending for r in self.waiting))
+
     def add(self, request: Request) -> None:
         """Queue a request. ContextExceeded if its prompt and one token could never fit."""
         request.max_len = min(request.max_len, self.capacity + 1)  # the last token sampled is never cached

@@ -38,6 +38,16 @@ def test_a_list_is_answered_in_order_as_if_each_were_alone(llm):
     assert llm.generate([]) == []
 
 
+def test_the_first_step_does_not_wait_for_the_last_prompt(llm, monkeypatch):
+    launched, read, before = [], llm.read, llm.engine.launched
+    monkeypatch.setattr(llm, "read", lambda *args: launched.append(llm.engine.launched - before) or read(*args))
+    prompts = [[i + 1] * 10 for i in range(2 * OPTIONS["step_tokens"] // 10 + 2)]
+    outputs = llm.generate(prompts, params(max_tokens=3, ignore_eos=True))
+    assert launched[0] == 0 < launched[-1]
+    for prompt, output in zip(prompts[::3], outputs[::3], strict=True):
+        assert output.token_ids == llm.generate(prompt, params(max_tokens=3, ignore_eos=True)).token_ids
+
+
 def test_token_ids_are_a_prompt_too(llm):
     ids = llm.encode(PROMPTS[0])
     assert llm.generate(ids, params()).text == llm.generate(PROMPTS[0], params()).text
