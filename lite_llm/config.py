@@ -1,6 +1,7 @@
 """What the user wants (`EngineConfig`), what a model is (`ModelConfig`), and how config.json is read (`HFConfig`)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,13 @@ class EngineConfig:
     memory_fraction: float = 0.9  # share of the device's free memory that weights, workspace and pool may take
     threads: int | None = None  # of the CPU, for the whole process; None: one for small models, else torch's choice
     ignore_config: tuple[str, ...] = ()  # config.json keys that the user declares harmless
+
+    @classmethod
+    def of(cls, options: Mapping[str, object]) -> "EngineConfig":
+        """From fields by name. UsageError for a name that is none."""
+        if unknown := options.keys() - cls.__dataclass_fields__.keys():
+            raise UsageError(f"unknown option {min(unknown)!r}; known: {', '.join(sorted(cls.__dataclass_fields__))}")
+        return cls(**options)
 
     def __post_init__(self):
         for name in ("context", "kv_tokens", "max_requests", "step_tokens", "threads"):

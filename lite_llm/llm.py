@@ -1,6 +1,5 @@
 """Text in, text out: a tokenizer in front of one engine. `generate`, `chat` and `stream` are loops around `step`."""
 
-import dataclasses
 import gc
 import itertools
 import logging
@@ -78,7 +77,7 @@ class LLM:
         `pictures` says that there will be some: a checkpoint that takes none is refused before its weights are read.
         Raises a LiteLLMError that says what is wrong and what to do.
         """
-        config = _engine_config(options)
+        config = EngineConfig.of(options)
         if shape is not None:
             if model is not None or not random_weights:
                 raise UsageError(f"shape = {shape!r} has no files", "pass random_weights=True and no model")
@@ -205,6 +204,12 @@ class LLM:
                 while not self.finished(name):
                     self.step()
             return [self.result(name) for name in names]
+        except UsageError:  # of a prompt, when those before it may have begun
+            for name in names:
+                self.abort(name)
+            while len(self._streams) == len(names) and not self.engine.idle:
+                self.step()
+            raise
         finally:
             for name in names:
                 self.forget(name)
@@ -365,20 +370,13 @@ def warm(model: str | Path | None = None, *, status: Say | None = None, **option
 
 
 def _blueprint(model: str | Path | None, options: dict[str, object]) -> tuple[Blueprint, Path]:
-    config = _engine_config(options)
+    config = EngineConfig.of(options)
     here = Source(str(model or DEMO)).description()
     return Blueprint(registry.parse(HFConfig.load(here, config.ignore_config)), config), here
 
 
 def _silent(what: str, done: int, total: int) -> None:
     pass
-
-
-def _engine_config(options: Mapping[str, object]) -> EngineConfig:
-    known = {field.name for field in dataclasses.fields(EngineConfig)}
-    if unknown := options.keys() - known:
-        raise UsageError(f"unknown option {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}")
-    return EngineConfig(**options)
 
 
 def _generation_config(path: Path) -> dict[str, object]:

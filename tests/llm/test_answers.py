@@ -1,6 +1,7 @@
 """What `generate`, `chat` and `stream` answer."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 import transformers
 
 from lite_llm import SamplingParams
+from lite_llm.engine import build
+from lite_llm.engine.engine import Flight
+from lite_llm.errors import ContextExceeded, UsageError
 from lite_llm.llm import LLM
 from tests.llm.conftest import CHAT, OPTIONS, PROMPTS, joined, params
 
@@ -46,6 +50,20 @@ def test_the_first_step_does_not_wait_for_the_last_prompt(llm, monkeypatch):
     assert launched[0] == 0 < launched[-1]
     for prompt, output in zip(prompts[::3], outputs[::3], strict=True):
         assert output.token_ids == llm.generate(prompt, params(max_tokens=3, ignore_eos=True)).token_ids
+
+
+def test_a_prompt_that_is_refused_late_leaves_nothing_under_way(checkpoint, monkeypatch):
+    monkeypatch.setattr(build, "Engine", functools.partial(_late, build.Engine))
+    monkeypatch.setattr(Flight, "is_here", property(lambda flight: False))
+    with LLM(checkpoint, **OPTIONS) as llm:
+        for wrong, error in (([], UsageError), ([1] * 200, ContextExceeded)):
+            with pytest.raises(error):
+                llm.generate([[1] * OPTIONS["step_tokens"], wrong], params())
+            assert llm.engine.launched and llm.engine.idle and not llm._streams
+
+
+def _late(engine, *args, ahead: int, **options):
+    return engine(*args, ahead=2, **options)
 
 
 def test_token_ids_are_a_prompt_too(llm):
