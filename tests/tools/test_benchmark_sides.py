@@ -118,6 +118,16 @@ def test_an_answer_that_is_too_short_is_no_figure(us):
         us.run(Work("too much", (Ask((5,) * 60, 99),)))
 
 
+@pytest.mark.parametrize("kind, cudnn", [(theirs.Eager, False), (theirs.Compiled, True)])
+def test_cudnn_computes_attention_where_all_lengths_are_one(kind, cudnn):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert kind(Opening("transformers", limits=LIMITS)).info["cudnn"] is cudnn
+        assert torch.backends.cuda.cudnn_sdp_enabled() is cudnn
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_what_is_not_compiled_on_a_cpu_says_so():
     info = theirs.Compiled(Opening("transformers-compile", limits=LIMITS)).info
     assert info["compile"] is None and "nothing is compiled on a CPU" in info["note"]
