@@ -318,9 +318,21 @@ def test_the_page_says_what_held_the_clocks_back_and_where_nothing_differs():
     made, same = judged(), [row().ratios[0] | {"ratio": spread(0.97, 0.95, 0.98), "differs": False}]
     made.add(row(gpu={"throttle_reasons": ["sw_power_cap", "gpu_idle"]}, ratios=same))
     made.add(row(work="batch 1", gpu={"throttle_reasons": ["gpu_idle"]}))
+    apart = [same[0] | {"ratio": spread(13.9, 0.98, 26.9)}]
+    made.add(row(work="batch 8", gpu={"throttle_reasons": ["gpu_idle"]}, ratios=apart))
     page = " ".join(render([made]).split())
-    assert "the GPU's clocks were held back after 1 of 2 rows: sw_power_cap." in page
+    assert "the GPU's clocks were held back after 1 of 3 rows: sw_power_cap." in page
     assert "0.97 (0.95-0.98, no difference) times" in page and page.count("no difference)") == 1
+    assert "13.90 (0.98-26.90, not told apart) times" in page and page.count("told apart)") == 1
+
+
+def test_all_documents_of_a_claim_are_shown(withdrawn):
+    first, last = judged(), judged()
+    first.add(row(work="batch 8", gpu={}))
+    first.leave_out("ll-1b", "batch 16", "no time")
+    last.add(row(work="batch 16", gpu={}))
+    page = render([first, last])
+    assert page.index("batch 8: lite_llm") < page.index("batch 16: lite_llm") and "no time" not in page
 
 
 def test_a_rehearsal_is_no_page():
