@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from lite_llm.ops.triton.aot import SPILLS
+
 KILO = 1 << 10
 SHARED = {80: 163 * KILO, 86: 99 * KILO, 89: 99 * KILO, 90: 227 * KILO, 100: 227 * KILO, 120: 99 * KILO}
 # What each kernel takes today, and a tenth: more registers mean fewer programs on a multiprocessor at a time.
@@ -23,8 +25,6 @@ REGISTERS = {
     "_skinny_qkv_kernel": 230, "_softmax_kernel": 48, "_store_kv_kernel": 40, "_wide_kernel": 255,
     "_wide_qkv_kernel": 255, "_hopper_kernel": 168,
 }  # fmt: skip
-# Triton 3.9's assembler puts a few values on the stack before the warp groups part; 3.6's none.
-SPILLS = {"_hopper_kernel": 32}
 
 CHILD = """
 import ast, importlib, inspect, json, pkgutil, sys, warnings

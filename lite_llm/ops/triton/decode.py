@@ -62,7 +62,7 @@ def tiles(head_dim: int, itemsize: int, capability: int, requests: int) -> Tiles
     if wide == 64:
         many = requests > MANY and capability == 90
         return Tiles(64, 2, 3, 4) if many else Tiles(128, 4, 2, 3 if large else 2)
-    return Tiles(64, 4, 3, 3)
+    return Tiles(64, 4 if (capability, wide) == (120, 32) else 2, 3, 3)
 
 
 def max_segments(kv_heads: int) -> int:
@@ -79,7 +79,7 @@ def decode(
     `shape` is for tuning; without it the tiles are those of `tiles`.
 
     With PDL the kernel reads `table`, `rows` and `kv_len` while the one launched before it may still run: that one must
-    not write them. Whatever came earlier may have, if that one releases behind its wait, as `project_qkv_` does.
+    not write them. Kernels before that one may, if it releases only behind its own wait, as `project_qkv_` does.
     """
     heads, head_dim = q.shape[1:]
     kv_heads = k_pool.shape[1]
@@ -129,13 +129,13 @@ def processors(device: torch.device) -> int:
 
 
 def aot_cases(capability: int) -> list[AotCase]:
-    sizes = [(d, "bf16", g, w) for d in (16, 32, 64, 80, 96, 112, 128, 256) for g, w in ((4, False), (4, True))]
-    sizes += [(d, "fp32", 4, True) for d in (16, 32, 64, 80, 96, 112, 128, 256)]
-    sizes += [(128, "fp16", 4, False), (64, "bf16", 7, False)]
-    sizes += [(128, "bf16", g, False) for g in (1, 2, 3, 5, 7, 8, 16)]
+    kinds = [(d, "bf16", g, w) for d in (16, 32, 64, 80, 96, 112, 128, 256) for g, w in ((4, False), (4, True))]
+    kinds += [(d, "fp32", 4, True) for d in (16, 32, 64, 80, 96, 112, 128, 256)]
+    kinds += [(128, "fp16", 4, False), (64, "bf16", 7, False)]
+    kinds += [(128, "bf16", g, False) for g in (1, 2, 3, 5, 7, 8, 16)]
     usual, many = tiles(64, 2, capability, 1), tiles(64, 2, capability, MANY + 1)
     more = [usual._replace(release=when, asked=n) for when, n in ((AT_ONCE, 0), (LAST, 8))]
-    cases = [_case(capability, *size) for size in sizes] + [_case(capability, 64, "bf16", 4, False, m) for m in more]
+    cases = [_case(capability, *kind) for kind in kinds] + [_case(capability, 64, "bf16", 4, False, m) for m in more]
     return cases + [_case(capability, 64, "bf16", g, w, many) for g, w in ((4, False), (7, True)) if many != usual]
 
 
@@ -306,7 +306,7 @@ def _cut(
     """The first key in sight of requests of these lengths, the first of their first tile, tiles per segment, and tiles.
 
     A request without keys has one tile, with nothing in it. Up to half of the segments are as short as may be, so that
-    one request alone fills a GPU; the others come when segments are long.
+    one request alone fills a GPU; then they grow to 8 * SEGMENT keys, then in number, then again in length.
     """
     first = length * 0
     if WINDOWED:
@@ -323,8 +323,8 @@ def _run(
     kv_len, decodes, least, window,
     WINDOWED: tl.constexpr, SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tiles in a share (fair, or `least`), and of this program's run: its first request, that one's first tile, and its
-    tiles.
+    """Tiles in a share (fair, or `least`), and of this program's run: its first request, where that one's tiles begin,
+    and how many the run has.
 
     Tiles count through all requests. A program takes the segments whose first tile lies in its share.
     """

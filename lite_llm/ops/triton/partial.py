@@ -31,6 +31,7 @@ def add(peak, total, acc, more_peak, more_total, more_acc):
 
 @triton.jit
 def keep(partial, stats, place, peak, total, acc, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store the sums of a segment's GROUP heads, for the program that will add up all of the request."""
     head = tl.arange(0, acc.shape[0])
     col = tl.arange(0, acc.shape[1])
     at = place * GROUP + head
@@ -44,7 +45,7 @@ def _kept(
     partial, stats, place, some, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE_GROUP: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """What `_keep` kept, or nothing. .cg: other programs wrote it, and this processor's L1 may not know."""
+    """What `keep` kept, or nothing. .cg: other programs wrote it, and this processor's L1 may not know."""
     head = tl.arange(0, WIDE_GROUP)
     col = tl.arange(0, WIDE)
     at = place * GROUP + head
@@ -58,6 +59,7 @@ def _kept(
 
 @triton.jit
 def put(out, total, acc, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store the answer of GROUP heads: weighted values over the sum of weights, or zeros of no keys."""
     head = tl.arange(0, acc.shape[0])
     col = tl.arange(0, acc.shape[1])
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
