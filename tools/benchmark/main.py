@@ -191,6 +191,8 @@ def _many(args: Namespace, vocab: int, banned: frozenset[int], prompt: str, new:
             raise UsageError(
                 f"--arrivals {how}", "expected every:SECONDS, poisson:RATE, burst:SIZE:SECONDS or a file"
             ) from None
+        except UsageError as error:
+            raise UsageError(f"--arrivals {how}: {error}") from None
     return many(vocab, args.requests, Lengths.parse(prompt), Lengths.parse(new), seed, arrivals, banned)
 
 

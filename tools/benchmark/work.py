@@ -147,7 +147,7 @@ def burst(size: int, gap: float) -> Arrivals:
     """`size` requests at once, every `gap` seconds."""
     _whole("size", size)
     _number("gap", gap)
-    return Arrivals(f"{size} every {gap:g} s", lambda n, rng: [i // size * gap for i in range(n)])
+    return Arrivals(f"bursts of {size} every {gap:g} s", lambda n, rng: [i // size * gap for i in range(n)])
 
 
 def poisson(rate: float) -> Arrivals:
