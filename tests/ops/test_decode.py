@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from lite_llm.ops.triton import decode as decoding
 from tests.close import DEVICE
@@ -17,6 +18,21 @@ def test_segments_add_up_alike_whoever_computes_them(monkeypatch, programs, wind
     c = case([70, 2500, 1, 129, 0, 1100, 0], heads=2, kv_heads=1, head_dim=16, window=window)
     want = check(c)
     monkeypatch.setattr(decoding, "processors", lambda device: programs)
+    assert torch.equal(c.run(), want)
+
+
+@pytest.mark.parametrize("programs", [2, 3, 5, 100])
+@pytest.mark.parametrize("window", [None, 700])
+def test_who_arrives_last_does_not_matter(monkeypatch, programs, window):
+    """The interpreter runs programs one after the other; turned round, those that begin a request come last."""
+    monkeypatch.setattr(decoding, "max_segments", lambda kv_heads: 16)
+    monkeypatch.setattr(decoding, "processors", lambda device: programs)
+    c = case([70, 2500, 1, 129, 0, 1100, 0, 900], heads=2, kv_heads=1, head_dim=16, window=window)
+    want = check(c)
+    if DEVICE == "cpu":
+        builder = interpreter.interpreter_builder
+        usual = builder.set_grid_idx
+        monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: usual(x, builder.grid_dim[1] - 1 - y, z))
     assert torch.equal(c.run(), want)
 
 
