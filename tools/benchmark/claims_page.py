@@ -39,11 +39,11 @@ time that was measured. Greedy tokens of every side are scored by eager transfor
 where sides made unequal numbers of tokens, or where a kernel was compiled inside the timing, the row is refused and
 shows no ratio.
 
-**Two things made eager transformers slow in some tables.** Up to commit 931109e it ran with cuDNN's attention, which
-stops for some 50 ms at a length of the cache that it has not met of late; warm-ups met most lengths, and since then it
-runs without. At 931109e and 0fc74b5 benchmarks ran on all four GPUs of one host, and its steps, which are the CPU's,
-took longer than where two did: 16 ms at Llama-3.2-1B, where docs/results has 9 to 12. Ratios over it are that much too
-high in those tables, by up to a half. Rows of the same documents that are not kept are told in docs/results.
+**Two things may have made eager transformers slow in some tables.** Up to commit 931109e it ran with cuDNN's attention,
+which stops for some 50 ms at a length of the cache that it has not met of late; warm-ups met most lengths, and since
+then it runs without. At 931109e and 0fc74b5 benchmarks ran on all four GPUs of one host, and its steps, which are the
+CPU's, took longer than where two did: 16 ms at Llama-3.2-1B, where docs/results has 9 to 12. Ratios over it in those
+tables may be 1.3 to 1.8 times too high. Rows that are withdrawn were refused by hand, for the reason that they give.
 """
 
 
