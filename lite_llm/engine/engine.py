@@ -192,8 +192,7 @@ class Engine:
 
     def _launch(self, plan: Plan) -> Flight:
         requests = [request for request, _ in plan]
-        self.state.join([request for request in requests if request.written == 0])
-        self.state.extend(requests)
+        self.state.edit(requests)
         self.state.allow([request for request, n in plan if request.constraint is not None and n == request.pending])
         rows = [request.row for request in requests if request.decoding]
         pieces = plan[len(rows) :]

@@ -151,11 +151,15 @@ class Runner:
         if not prompts and self._sent == (shape, rows):
             return
         pad, decodes = self.state.pad_row, len(rows)
-        arrays = {name: np.zeros(len(t), dtype=np.int32) for name, t in self._inputs.items()}
+        flat = torch.empty(len(self._flat), dtype=torch.int32, pin_memory=self._flat.device.type == "cuda")
+        words = flat.numpy()
+        words.fill(0)  # by numpy: torch would wake its threads for that
+        ends = np.cumsum([len(t) for t in self._inputs.values()])
+        arrays = dict(zip(self._inputs, np.split(words, ends[:-1]), strict=True))
         arrays["rows"][:] = arrays["samples"][:] = pad
         arrays["rows"][:decodes] = arrays["samples"][:decodes] = rows
-        arrays["q_start"][: shape.decodes + 1] = range(shape.decodes + 1)
-        arrays["logits_at"][: shape.decodes] = range(shape.decodes)
+        arrays["q_start"][: shape.decodes + 1] = np.arange(shape.decodes + 1)
+        arrays["logits_at"][: shape.decodes] = np.arange(shape.decodes)
         at, shown = shape.decodes, []
         for b, (row, first, tokens, slots, wanted, parts) in enumerate(prompts, start=shape.decodes):
             end = at + len(tokens)
@@ -165,14 +169,11 @@ class Runner:
             arrays["rows"][b] = row
             arrays["samples"][b] = row if wanted else pad
             arrays["tokens"][at:end], arrays["slots"][at:end] = tokens, slots
-            arrays["positions"][at:end] = range(first, first + len(tokens))
+            arrays["positions"][at:end] = np.arange(first, first + len(tokens))
             arrays["kv_len"][b] = first + len(tokens)
             arrays["q_start"][b + 1], arrays["logits_at"][b] = end, end - 1
             at = end
         arrays["q_start"][shape.decodes + len(prompts) + 1 :] = at
-        flat = torch.from_numpy(np.concatenate(list(arrays.values())))
-        if self._flat.device.type == "cuda":
-            flat = flat.pin_memory()
         self._flat.copy_(flat, non_blocking=True)
         if shown:
             self.encoder.show_(shown)

@@ -1,7 +1,6 @@
 """Which slots of the KV pool are free. Hands them out in runs, takes them back one by one."""
 
 import heapq
-import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -29,7 +28,7 @@ class SlotPool:
         assert PAD_SLOT == 0 and total >= 2
         self.total = total
         self.free_count = 0
-        self._in_use = bytearray(b"\1" * total)
+        self._in_use = np.ones(total, dtype=bool)
         self._kept = np.zeros(total, dtype=bool)  # in use by nobody but a cache that would give them up
         self._end: dict[int, int] = {}  # first slot of a free run -> one past its last
         self._start: dict[int, int] = {}  # the reverse
@@ -54,23 +53,24 @@ class SlotPool:
     def free(self, slots: Iterable[int]) -> None:
         """Take slots back. SlotError, and no change, if one is free, out of range, the pad slot or named twice."""
         slots = list(slots)
-        for slot in slots:
-            if type(slot) is not int or not 0 < slot < self.total or not self._in_use[slot]:
-                raise SlotError(f"slot {slot!r} of {self.total} is not in use and cannot be freed")
-        ordered = sorted(slots)
-        for slot, following in itertools.pairwise(ordered):
-            if slot == following:
-                raise SlotError(f"slot {slot} was freed twice in one call")
-        i = 0
-        while i < len(ordered):
-            j = i + 1
-            while j < len(ordered) and ordered[j] == ordered[j - 1] + 1:
-                j += 1
-            self._give(ordered[i], ordered[j - 1] + 1)
-            i = j
+        if not slots:
+            return
+        ordered = np.sort(np.array(slots)) if set(map(type, slots)) == {int} else None
+        if ordered is None or not 0 < ordered[0] <= ordered[-1] < self.total:
+            wrong = next(slot for slot in slots if type(slot) is not int or not 0 < slot < self.total)
+            raise SlotError(f"slot {wrong!r} of {self.total} is not in use and cannot be freed")
+        used = self._in_use[ordered]
+        if not used.all():
+            raise SlotError(f"slot {ordered[~used][0]} of {self.total} is not in use and cannot be freed")
+        steps = np.diff(ordered)
+        if not steps.all():
+            raise SlotError(f"slot {ordered[1:][steps == 0][0]} was freed twice in one call")
+        ends = np.flatnonzero(steps > 1) + 1
+        for first, end in zip([0, *ends.tolist()], [*ends.tolist(), len(ordered)], strict=True):
+            self._give(int(ordered[first]), int(ordered[end - 1]) + 1)
 
     def is_free(self, slot: int) -> bool:
-        return not self._in_use[slot]
+        return not bool(self._in_use[slot])
 
     def is_kept(self, slot: int) -> bool:
         return bool(self._kept[slot])
@@ -84,10 +84,10 @@ class SlotPool:
 
         A million slots in 256 cells take 0.3 ms on one core of a Xeon.
         """
-        in_use, found = np.frombuffer(self._in_use, dtype=bool), ([], [])
+        found = ([], [])
         for first in range(1, self.total, size):
             kept = int(np.count_nonzero(self._kept[first : first + size]))
-            found[0].append(int(np.count_nonzero(in_use[first : first + size])) - kept)
+            found[0].append(int(np.count_nonzero(self._in_use[first : first + size])) - kept)
             found[1].append(kept)
         return found
 
@@ -99,12 +99,12 @@ class SlotPool:
         for low, high in ((first, at), (stop, end)):
             if low < high:
                 self._add_run(low, high)
-        self._in_use[at:stop] = b"\1" * (stop - at)
+        self._in_use[at:stop] = True
         self.free_count -= stop - at
         return list(range(at, stop))
 
     def _give(self, first: int, end: int) -> None:
-        self._in_use[first:end] = bytes(end - first)
+        self._in_use[first:end] = False
         self._kept[first:end] = False
         self.free_count += end - first
         if first in self._start:  # join the free run before

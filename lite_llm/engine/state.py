@@ -13,6 +13,8 @@ MAX_STOPS = 64
 
 _INTS = ("last", "length", "ended", "min_len", "max_len", "top_k", "counting", "biased", "constrained")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+_ALIGNED = 4
+"""Words that begin where a vector may: kernels are compiled for 16 bytes."""
 
 
 class DeviceState:
@@ -26,11 +28,16 @@ class DeviceState:
     def __init__(self, max_requests: int, max_len: int, vocab: int, depth: int, device: torch.device):
         """`depth` is how many steps may be under way before the CPU reads the tokens of the first."""
         rows = max_requests + 1
-        self.device, self.vocab, self.pad_row = device, vocab, max_requests
+        self.device, self.vocab, self.pad_row, self._max_len = device, vocab, max_requests, max_len
         ints = dict(dtype=torch.int32, device=device)
-        self.table = torch.zeros(rows, max_len, **ints)  # slot of each position
-        self._words = torch.zeros(len(_INTS) + len(_FLOATS), rows, **ints)
-        at = {name: self._words[i] for i, name in enumerate(_INTS + _FLOATS)}
+        # All that joins and new slots write is one vector, so that a step's edits are one transfer and one launch.
+        sizes = {"seeds": 2 * rows} | dict.fromkeys(_INTS + _FLOATS, rows)
+        sizes |= {"stop_ids": rows * MAX_STOPS, "table": rows * max_len}
+        ends = np.cumsum([-(-size // _ALIGNED) * _ALIGNED for size in sizes.values()]).tolist()
+        self._at = dict(zip(sizes, [0, *ends[:-1]], strict=True))
+        self._words = torch.zeros(ends[-1], **ints)
+        at = {name: self._words[first : first + sizes[name]] for name, first in self._at.items()}
+        self.table = at["table"].view(rows, max_len)  # slot of each position
         self.last = at["last"]  # the token at position `length`: sampled, not yet computed
         self.length = at["length"]  # tokens whose K and V are cached
         self.ended = at["ended"]  # 1: the request has ended, and is skipped until the CPU knows
@@ -42,8 +49,9 @@ class DeviceState:
         self.temperature, self.top_p, self.min_p = floats["temperature"], floats["top_p"], floats["min_p"]
         self.repetition, self.presence = floats["repetition"], floats["presence"]
         self.frequency = floats["frequency"]
-        self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.stop_ids = torch.full((rows, MAX_STOPS), -1, **ints)  # -1: unused
+        self.seeds = at["seeds"].view(torch.int64)
+        self.stop_ids = at["stop_ids"].view(rows, MAX_STOPS)
+        self.stop_ids.fill_(-1)  # unused
         self.counts = torch.zeros(rows, vocab, **ints)  # occurrences in the output; flag PROMPT: in the prompt
         self.bias = torch.zeros(rows, vocab, dtype=torch.float32, device=device)
         self.allowed = torch.zeros(rows, words_of(vocab), **ints)  # a bit for each token; read where constrained
@@ -53,45 +61,59 @@ class DeviceState:
         self.ended[self.pad_row] = 1
         self.top_p[self.pad_row] = self.repetition[self.pad_row] = 1.0
 
-    def join(self, requests: list[Request]) -> None:
-        """Write the rows of requests that have just got one."""
+    def edit(self, requests: list[Request]) -> None:
+        """Write the rows of those that have just got one, and of all of them the slots that the table does not know."""
+        joining = [request for request in requests if request.written == 0]
+        growing = [request for request in requests if request.written < len(request.slots)]
+        edits = self._rows(joining) + [self._slots(request) for request in growing]
+        if edits:
+            at, words = (np.concatenate(arrays) for arrays in zip(*edits, strict=True))
+            t = self.upload({"at": at.view(np.int32), "words": words})
+            self._words.index_copy_(0, t["at"].view(torch.int64), t["words"])
+        for request in growing:
+            request.written = len(request.slots)
+        for request in joining:
+            self._count(request)
+
+    def _rows(self, requests: list[Request]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Places in `_words` and what becomes of them, where requests join."""
         if not requests:
-            return
+            return []
+        rows, params = np.array([r.row for r in requests]), [r.params for r in requests]
+        known = [r.pending == 1 for r in requests]  # the prefix cache had all but one token, which is a decode then
+        words = {
+            "last": [r.ids[-1] if one else 0 for r, one in zip(requests, known, strict=True)],
+            "length": [r.cached for r in requests],
+            "ended": [0] * len(requests),
+            "min_len": [min(r.min_len, 2**31 - 1) for r in requests],
+            "max_len": [min(r.max_len, 2**31 - 1) for r in requests],
+            "top_k": [p.top_k for p in params],
+            "counting": [int(p.penalized) for p in params],
+            "biased": [int(bool(p.logit_bias)) for p in params],
+            "constrained": [int(r.constraint is not None) for r in requests],
+        }
+        floats = {
+            "temperature": [0.0 if p.greedy else p.temperature for p in params],
+            "top_p": [p.top_p for p in params],
+            "min_p": [p.min_p for p in params],
+            "repetition": [p.repetition_penalty for p in params],
+            "presence": [p.presence_penalty for p in params],
+            "frequency": [p.frequency_penalty for p in params],
+        }
         stops = np.full((len(requests), MAX_STOPS), -1, dtype=np.int32)
         for i, request in enumerate(requests):
             stops[i, : len(request.stop_ids)] = sorted(request.stop_ids)
-        known = [r.pending == 1 for r in requests]  # the prefix cache had all but one token, which is a decode then
-        params = [r.params for r in requests]
-        words = [
-            [r.ids[-1] if one else 0 for r, one in zip(requests, known, strict=True)],
-            [r.cached for r in requests],
-            [0] * len(requests),
-            [min(r.min_len, 2**31 - 1) for r in requests],
-            [min(r.max_len, 2**31 - 1) for r in requests],
-            [p.top_k for p in params],
-            [int(p.penalized) for p in params],
-            [int(bool(p.logit_bias)) for p in params],
-            [int(r.constraint is not None) for r in requests],
+        starts = np.array([self._at[name] for name in (*words, *floats)])
+        return [
+            ((starts[:, None] + rows).ravel(), np.concatenate([_words(words, np.int32), _words(floats, np.float32)])),
+            (self._at["seeds"] + _cells(rows, 2), np.array([p.seed for p in params], dtype=np.int64).view(np.int32)),
+            (self._at["stop_ids"] + _cells(rows, MAX_STOPS), stops.ravel()),
         ]
-        heat = [0.0 if p.greedy else p.temperature for p in params]
-        floats = [heat, *([getattr(p, name) for p in params] for name in ("top_p", "min_p"))]
-        floats += [[getattr(p, name + "_penalty") for p in params] for name in _FLOATS[3:]]
-        t = self.upload(
-            {
-                "seeds": np.array([p.seed for p in params], dtype=np.int64).view(np.int32),
-                "rows": np.array([r.row for r in requests], dtype=np.int32),
-                "ints": np.array(words, dtype=np.int32),
-                "floats": np.array(floats, dtype=np.float32).view(np.int32),
-                "stops": stops,
-            }
-        )
-        rows = t["rows"].long()
-        words = torch.cat([t["ints"], t["floats"]]).view(-1, len(requests))
-        self._words.index_copy_(1, rows, words)
-        self.seeds.index_copy_(0, rows, t["seeds"].view(torch.int64))
-        self.stop_ids.index_copy_(0, rows, t["stops"].view(-1, MAX_STOPS))
-        for request in requests:
-            self._count(request)
+
+    def _slots(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
+        first, end = request.written, len(request.slots)
+        start = self._at["table"] + request.row * self._max_len
+        return np.arange(start + first, start + end), np.array(request.slots[first:], dtype=np.int32)
 
     def _count(self, request: Request) -> None:
         """The tables as wide as the vocabulary, for a request that needs them."""
@@ -114,27 +136,21 @@ class DeviceState:
             t = self.upload(pieces | {"allowed": np.stack([_allowed(request) for request in requests])})
             self.allowed.index_copy_(0, t["rows"].long(), t["allowed"].view(len(requests), -1))
 
-    def extend(self, requests: list[Request]) -> None:
-        """Write the slots that the table does not know yet."""
-        rows, positions, slots = [], [], []
-        for request in requests:
-            end = len(request.slots)
-            if request.written < end:
-                rows += [request.row] * (end - request.written)
-                positions += range(request.written, end)
-                slots += request.slots[request.written : end]
-                request.written = end
-        if slots:
-            pieces = {"rows": rows, "positions": positions, "slots": slots}
-            t = self.upload({name: np.array(piece, dtype=np.int32) for name, piece in pieces.items()})
-            self.table[t["rows"].long(), t["positions"].long()] = t["slots"]
-
     def upload(self, pieces: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """int32 arrays, flattened, in one transfer that nobody waits for."""
-        flat = torch.from_numpy(np.concatenate([piece.ravel() for piece in pieces.values()]))
-        if self.device.type == "cuda":
-            flat = flat.pin_memory().to(self.device, non_blocking=True)
-        return dict(zip(pieces, flat.split([piece.size for piece in pieces.values()]), strict=True))
+        sizes = [piece.size for piece in pieces.values()]
+        flat = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        np.concatenate([piece.ravel() for piece in pieces.values()], out=flat.numpy())
+        return dict(zip(pieces, flat.to(self.device, non_blocking=True).split(sizes), strict=True))
+
+
+def _words(facts: dict[str, list], dtype: type) -> np.ndarray:
+    return np.array(list(facts.values()), dtype=dtype).view(np.int32).ravel()
+
+
+def _cells(rows: np.ndarray, width: int) -> np.ndarray:
+    """Where these rows of a table of this width are in it."""
+    return (rows[:, None] * width + np.arange(width)).ravel()
 
 
 def words_of(vocab: int) -> int:

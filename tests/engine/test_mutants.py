@@ -120,10 +120,10 @@ def prompt_logprobs() -> None:
 
 MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
     "slots": [
-        (" or not self._in_use[slot]:", ":", slots),  # a free slot is freed
-        ("not 0 < slot <", "not 0 <= slot <", slots),  # so is the pad slot
-        ("type(slot) is not int or ", "", slots),
-        ("if slot == following:", "if False:", slots),  # twice in one call
+        ("if not used.all():", "if False:", slots),  # a free slot is freed
+        ("not 0 < ordered[0]", "not 0 <= ordered[0]", slots),  # so is the pad slot
+        ("if set(map(type, slots)) == {int} else None", "", slots),
+        ("if not steps.all():", "if False:", slots),  # twice in one call
         ("if n > self.free_count:", "if n > self.free_count + 1:", slots),
         ("if type(n) is not int or n < 0:", "if False:", slots),
         ("if first in self._start:", "if False:", slots),  # runs are not joined
@@ -131,7 +131,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("((first, at), (stop, end))", "((first, at),)", slots),  # the rest of a run is lost
         ("self.free_count -= stop - at", "self.free_count -= 1", slots),
         ("after + 1 in self._end", "False", slots),  # runs are not continued
-        ('self._in_use[at:stop] = b"\\1" * (stop - at)', "pass", slots),
+        ("self._in_use[at:stop] = True", "pass", slots),
         ("del self._start[end]\n        stop", "stop", slots),
         ("self._kept[first:end] = False", "pass", slots),
         ("range(1, self.total, size)", "range(1, self.total - 1, size)", slots),
@@ -256,10 +256,11 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("[int(p.penalized) for p in params]", "[0 for p in params]", engine),
         ("[r.cached for r in requests]", "[r.cached + 1 for r in requests]", engine),
         ("[r.ids[-1] if one else 0 for", "[0 for", engine),
-        ('("top_p", "min_p"))', '("min_p", "top_p"))', engine),
-        ("positions += range(request.written, end)", "positions += range(end - request.written)", engine),
-        ("request.written = end", "request.written = end + 1", engine),
-        ("[request.row] * (end - request.written)", "[0] * (end - request.written)", engine),
+        ('"top_p": [p.top_p for', '"top_p": [p.min_p for', engine),
+        ("np.arange(start + first, start + end)", "np.arange(start, start + end - first)", engine),
+        ("request.written = len(request.slots)", "request.written = len(request.slots) + 1", engine),
+        (" + request.row * self._max_len", "", engine),
+        ("if request.written == 0]", "if request.written == 0 and not request.preemptions]", engine),
         ("self.ended[self.pad_row] = 1", "pass", engine),
         ("if going_on.any():", "if True:", constraints),
         ("for token in request.stop_ids:", "for token in ():", constraints),
@@ -279,7 +280,6 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("self.encoder is not None and shape.prompts > 0", "self.encoder is not None and shape.decodes == 0", pictures),
     ],
     "engine": [
-        ("if request.written == 0]", "if request.written == 0 and not request.preemptions]", engine),
         ('self.scheduler.fail(plan, "error")', "pass", engine),
         ("max(ids) < self.cfg.vocab", "max(ids) <= self.cfg.vocab", engine),
         ("request.max_len = min(request.max_len, self.cfg.max_len)", "pass", engine),
