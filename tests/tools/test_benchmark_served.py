@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from lite_llm.errors import UsageError
+from lite_llm.errors import LiteLLMError, UsageError
+from lite_llm.text import Tokenizer
 from tests.tools.test_benchmark_sides import LIMITS, SHAPE, gone, mixed, tokens
+from tools import make_checkpoint
 from tools.benchmark import main as program
 from tools.benchmark import served, streams
 from tools.benchmark.record import load
@@ -66,6 +68,32 @@ def test_a_shape_is_written_down_with_a_word_for_each_id():
     fields = dict(model=Model(shape=SHAPE, seed=3), limits=LIMITS)
     with Side("lite_llm", http=True, **fields) as asked, Side("lite_llm", **fields) as engine:
         assert tokens(asked.run(work)) == tokens(engine.run(work)) and asked.vocab == engine.vocab
+
+
+def test_an_answer_of_any_ids_is_text(tmp_path, monkeypatch):
+    """What a tokenizer does not know, our engine does not draw, and other servers may not survive."""
+    train = make_checkpoint.train_tokenizer
+    monkeypatch.setattr(make_checkpoint, "train_tokenizer", lambda vocab, special: train(vocab - 100, special))
+    found = Tokenizer.load(served.checkpoint(Opening("lite_llm", model=Model(shape=SHAPE)), tmp_path / "model"))
+    assert found.vocab_size == 512 and found.decode([411, 412, 511]).split()[-2:] == ["w412", "w511"]
+    known = train(412, [])
+    assert found.decode(found.encode("w412 w511 Paris", bos=False)) == "w412 w511 Paris"
+    assert max(found.encode("w412 w511 Paris", bos=False)) < 412 == known.get_vocab_size()
+
+
+def test_kernels_that_our_server_compiled_inside_the_timing_are_counted(monkeypatch):
+    told = 'lite_llm_compiles_total{how="compiled"} %d.0\nlite_llm_compiles_total{how="loaded"} 1.0\n# HELP x\n'
+    side, answers = object.__new__(served.Ours), iter([told % 2, told % 5, "nothing"])
+    side._port, side._model = 0, "m"
+    monkeypatch.setattr(side, "get", lambda path: (200, next(answers).encode()))
+
+    async def answer(*_):
+        return 1.0, ()
+
+    monkeypatch.setattr(streams, "answer", answer)
+    assert side.run(Work("w", ())).compiles == 3
+    with pytest.raises(LiteLLMError, match="without compiles_total"):
+        side.compiles()
 
 
 @pytest.mark.parametrize("fields, message", [
