@@ -43,11 +43,16 @@ One request waits, two requests run; some prompts are short and others fill the 
 such as (a + b) * c = d; [x, y]; {"key": "value"} are common in what people ask. The capital of France is Paris."""
 
 
-def make_checkpoint(shape: str, out: Path, dtype: str, seed: int, shard_bytes: int, device: str = "cpu") -> None:
-    """`out` must not exist; it appears when it is whole. A GPU draws other weights from a seed than a CPU."""
+def make_checkpoint(
+    shape: str, out: Path, dtype: str, seed: int, shard_bytes: int, device: str = "cpu", all_ids: bool = False
+) -> None:
+    """`out` must not exist; it appears when it is whole. A GPU draws other weights from a seed than a CPU. With
+    `all_ids` the tokenizer has a word for each id of the model, and an answer of any ids is text."""
     config = {**shape_config(shape), "dtype": dtype}
     text, pictures = config.get("text_config", config), "vision_config" in config
     tokenizer = train_tokenizer(min(text["vocab_size"], 512), [START, END, PAD] + [IMAGE] * pictures)
+    if all_ids:
+        tokenizer = with_words(tokenizer, text["vocab_size"])
     start, end, pad = (tokenizer.token_to_id(token) for token in (START, END, PAD))
     ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
     config |= ids
@@ -78,6 +83,14 @@ def train_tokenizer(vocab: int, special: list[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
     return tokenizer
+
+
+def with_words(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
+    """The same tokenizer with words of no meaning for the ids up to `vocab`; no text is cut into them."""
+    facts = json.loads(tokenizer.to_str())
+    known = tokenizer.get_vocab_size()
+    facts["model"]["vocab"] |= {f"\u0120w{token}": token for token in range(known, vocab)}  # \u0120 is a space
+    return Tokenizer.from_str(json.dumps(facts))
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int, pictures: bool = False) -> None:

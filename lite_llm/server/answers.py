@@ -125,7 +125,9 @@ class TextForm:
         if not self.mute:
             return output
         choices = tuple(
-            dataclasses.replace(choice, text="", finish_reason="length" if choice.token_ids else choice.finish_reason)
+            dataclasses.replace(
+                choice, text="", token_ids=(), finish_reason="length" if choice.token_ids else choice.finish_reason
+            )
             for choice in output.choices
         )
         usage = dataclasses.replace(output.usage, completion_tokens=0)
@@ -207,18 +209,22 @@ def _usage(prompt: int, completion: int) -> dict[str, Any]:
 class Document:
     """The answer to one HTTP request in one form: whole, or as the events of a stream."""
 
-    def __init__(self, form: Form, id: str, model: str, prompt_tokens: int):
-        self._form, self._prompt_tokens = form, prompt_tokens
+    def __init__(self, form: Form, id: str, model: str, prompt_tokens: int, token_ids: bool = False):
+        """`token_ids`: choices say theirs, those of a stream what is new."""
+        self._form, self._prompt_tokens, self._token_ids = form, prompt_tokens, token_ids
         self._head = {"id": id, "created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT}
         # All chunks begin alike, and are too many to encode that each time.
         self._opening = "data: " + _encoded(self._head | {"object": form.chunk_object})[:-1]
         self._begun: set[int] = set()
         self._tokens = 0
+        self._unsaid: dict[int, list[int]] = {}  # of each choice, ids whose chunk has not come
 
     def whole(self, outputs: Sequence[Output]) -> bytes:
         outputs = [self._form.shown(output) for output in outputs]
         choices = [(choice, output) for output in outputs for choice in output.choices]
         forms = [self._form.whole(index, *found) for index, found in enumerate(choices)]
+        if self._token_ids:
+            forms = [form | {"token_ids": choice.token_ids} for form, (choice, _) in zip(forms, choices, strict=True)]
         content = self._head | {"object": self._form.object, "choices": forms, "usage": usage_of(outputs)}
         return json.dumps(content).encode()
 
@@ -226,18 +232,28 @@ class Document:
         """`usage`: it will come at the end, so that chunks say null; `running_usage`: chunks say what it is by now."""
         form, parts = self._form, []
         for piece in pieces:
-            self._tokens += piece.tokens
+            self._tokens += len(piece.tokens)
             if piece.index not in self._begun:
                 self._begun.add(piece.index)
                 if first := form.first(piece.index):
                     parts.append(first)
-            parts += form.chunks(piece)
+            chunks = form.chunks(piece)
+            if self._token_ids:
+                self._add_ids(chunks, piece)
+            parts += chunks
         opening = self._opening
         if running_usage:
             opening += f',"usage":{_encoded(_usage(self._prompt_tokens, self._tokens))}'
         elif usage:
             opening += ',"usage":null'
         return "".join(f'{opening},"choices":[{_encoded(choice)}]}}\n\n' for choice in parts).encode()
+
+    def _add_ids(self, chunks: list[dict[str, Any]], piece: Piece) -> None:
+        """To the first chunk: text that may become a call of a tool has none yet, and its ids go with the next."""
+        unsaid = self._unsaid.setdefault(piece.index, [])
+        unsaid += piece.tokens
+        if chunks:
+            chunks[0]["token_ids"] = self._unsaid.pop(piece.index)
 
     def final_usage(self, outputs: Sequence[Output]) -> bytes:
         return event(self._head | {"object": self._form.chunk_object, "choices": [], "usage": usage_of(outputs)})

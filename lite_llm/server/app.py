@@ -71,7 +71,8 @@ class Server:
         form = ChatForm(self._vocabulary, self._toolbox.reader(offered, only_one=request.parallel_tool_calls is False))
         patience = schema.patience(request, self._most_seconds)
         fields = _fields("messages", wanted.field)
-        return Task([prompt], params, stream, form, self.name, ignored, request.cache_salt or "", patience, fields)
+        salt, ids = request.cache_salt or "", request.return_token_ids is True
+        return Task([prompt], params, stream, form, self.name, ignored, salt, patience, fields, ids)
 
     def read_completion(self, body: bytes, gone: Gone) -> Task:
         request = schema.read(schema.CompletionRequest, body)
@@ -101,7 +102,8 @@ class Server:
         form = TextForm(self._vocabulary, [text for text in echo for _ in range(params.n)], mute)
         patience = schema.patience(request, self._most_seconds)
         fields = _fields("prompt", wanted.field)
-        return Task(prompts, params, stream, form, self.name, ignored, request.cache_salt or "", patience, fields)
+        salt, ids = request.cache_salt or "", request.return_token_ids is True
+        return Task(prompts, params, stream, form, self.name, ignored, salt, patience, fields, ids)
 
     def tokenize(self, body: bytes) -> tuple[dict[str, Any], list[str]]:
         """The document, and what of the request is ignored."""

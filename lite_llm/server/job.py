@@ -17,7 +17,7 @@ class Piece:
 
     index: int  # of the choice: answers of the first prompt come first
     text: str = ""
-    tokens: int = 0
+    tokens: list[int] = field(default_factory=list)  # ids, a final stop token included
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -44,8 +44,8 @@ class Job:
     def __post_init__(self):
         several = len(self.prompts) > 1
         self.names = [f"{self.id}-{i}" if several else self.id for i in range(len(self.prompts))]
-        # Which choice, its text, number of tokens, finish_reason, logprobs.
-        self.pieces: deque[tuple[int, str, int, str | None, Sequence[TokenLogprobs]]] = deque()
+        # Which choice, its text, token ids, finish_reason, logprobs.
+        self.pieces: deque[tuple[int, str, Sequence[int], str | None, Sequence[TokenLogprobs]]] = deque()
         self._waiting: asyncio.Future[None] | None = None
 
     def end(self, outputs: list[Output], failure: Refusal | None = None) -> None:
@@ -75,7 +75,7 @@ class Job:
             at, text, tokens, reason, logprobs = self.pieces.popleft()
             piece = found.get(at)
             if piece is None:
-                found[at] = Piece(at, text, tokens, [*logprobs], reason)
+                found[at] = Piece(at, text, [*tokens], [*logprobs], reason)
                 continue
             piece.text += text
             piece.tokens += tokens

@@ -73,7 +73,7 @@ class Metrics:
         now = time.monotonic()
         for piece in pieces:
             if piece.tokens:
-                self._gaps.add(now - last[piece.index] if piece.index in last else None, piece.tokens)
+                self._gaps.add(now - last[piece.index] if piece.index in last else None, len(piece.tokens))
                 last[piece.index] = now
 
     def text(self, now: InFlight | None, ready: bool) -> bytes:

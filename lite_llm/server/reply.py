@@ -46,6 +46,7 @@ class Task:
     salt: str
     timeout: float | None  # seconds from the arrival of the body
     fields: Mapping[str | None, str | None]  # as `Job` has them
+    token_ids: bool  # whether choices say them
 
 
 class ClientGone(Exception):
@@ -106,7 +107,8 @@ class Reply(Response):
             f"{task.form.prefix}-{uuid.uuid4().hex}", task.prompts, task.params, task.stream is not None, task.salt,
             task.timeout, deadline, task.fields,
         )  # fmt: skip
-        document = Document(task.form, job.id, task.model, sum(len(prompt.ids) for prompt in task.prompts))
+        prompt_tokens = sum(len(prompt.ids) for prompt in task.prompts)
+        document = Document(task.form, job.id, task.model, prompt_tokens, task.token_ids)
         gone.add_done_callback(lambda _: self._bridge.cancel(job))
         self._bridge.submit(job)
         try:

@@ -89,6 +89,7 @@ class Wishes(_Strict):
     stop: Any = Field(None, json_schema_extra=_STOPS)
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None  # as vLLM has it: choices say `token_ids`
     timeout: float | None = None  # seconds
     cache_salt: str | None = None  # prefixes are shared only with requests of the same one
     n: int | None = None

@@ -20,8 +20,8 @@ log = logging.getLogger("lite_llm")
 
 _MOST_FAILURES = 8  # steps in a row that may raise
 
-Row = tuple[str, int, str, int, str | None, Sequence[TokenLogprobs]]
-"""A `Delta` as it is handed on, 0.1 us to send: name, index, text, number of tokens, finish_reason, logprobs."""
+Row = tuple[str, int, str, Sequence[int], str | None, Sequence[TokenLogprobs]]
+"""A `Delta` as it is handed on, 0.15 us to send: name, index, text, token ids, finish_reason, logprobs."""
 
 
 @dataclass
@@ -88,12 +88,12 @@ class Steady:
         for delta in deltas:
             name, reason = delta.id, delta.finish_reason
             if reason is not None or name not in whole:
-                news.rows.append((name, delta.index, delta.text, len(delta.token_ids), reason, delta.logprobs))
+                news.rows.append((name, delta.index, delta.text, delta.token_ids, reason, delta.logprobs))
             if reason is not None:
                 self._end(name, news)
         if not blamed:  # nobody was made responsible, and the next step may raise for the same reason
             for name in list(self._open):
-                news.rows.append((name, 0, "", 0, "error", ()))
+                news.rows.append((name, 0, "", (), "error", ()))
                 self.forget(name)
         return news
 

@@ -164,5 +164,5 @@ def test_after_a_failed_step_everything_is_said_once(demo, monkeypatch):
     last = engine.step().rows
     assert [row[:2] for row in last] == [("mine", 0), ("mine", 1), ("mine", 0), ("other", 0)]
     assert [row[4] for row in last] == [None, None, "error", "error"]
-    assert [sum(row[3] for row in said + last if row[:2] == ("mine", i)) for i in range(2)] == [3, 3]
+    assert [sum(len(row[3]) for row in said + last if row[:2] == ("mine", i)) for i in range(2)] == [3, 3]
     assert not engine._open and engine.idle and not demo._streams

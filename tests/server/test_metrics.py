@@ -56,11 +56,11 @@ def test_kernels_that_are_new_after_ready_are_counted(demo):
 
 def test_tokens_that_came_together_are_no_time_apart():
     metrics, last = Metrics(counting(torch.device("cpu")).__enter__()), {}
-    metrics.handed_on([Piece(0, tokens=3), Piece(1, tokens=1), Piece(2, tokens=0)], last)
-    metrics.handed_on([Piece(1, tokens=2), Piece(2, tokens=1)], last)
+    metrics.handed_on([Piece(0, tokens=[5, 6, 7]), Piece(1, tokens=[5]), Piece(2)], last)
+    metrics.handed_on([Piece(1, tokens=[5, 6]), Piece(2, tokens=[5])], last)
     buckets, count, total = histogram(metrics.text(None, True).decode(), "inter_token")
     assert (buckets[0], count) == (4, 4) and 0 < total < 0.1, "two of the first, two of the second"
     last[0] -= 0.05
-    metrics.handed_on([Piece(0, tokens=1)], last)
+    metrics.handed_on([Piece(0, tokens=[5])], last)
     bounds = histogram(metrics.text(None, True).decode(), "inter_token")[0]
     assert bounds[6:8] == [4, 5], "between 30 and 60 ms"

@@ -1,5 +1,7 @@
 """The official client: what it sends is understood, and what it gets is what it expects (SRV-02, SRV-09)."""
 
+import json
+
 import httpx
 import openai
 import pytest
@@ -134,6 +136,35 @@ def test_completions_echo_stream_and_logprobs(server):
     streamed = [c.choices[0].logprobs for c in create(**wishes, temperature=0, logprobs=2, stream=True)]
     offsets = [offset for one in streamed if one for offset in one.text_offset]
     assert offsets == plain.logprobs.text_offset
+
+
+def test_token_ids(server):
+    """As vLLM has them: in whole answers and in streams every token that was drawn, a final stop token included."""
+    wishes = dict(model="demo/chat", messages=CHAT, n=2, extra_body={"return_token_ids": True})
+    for most, reason in ((20, "stop"), (4, "length")):
+        whole = server.openai.chat.completions.create(**wishes, max_tokens=most)
+        streamed = [[], []]
+        for chunk in server.openai.chat.completions.create(**wishes, max_tokens=most, stream=True):
+            for choice in chunk.choices:
+                streamed[choice.index] += getattr(choice, "token_ids", [])
+        assert streamed == [choice.token_ids for choice in whole.choices] and whole.choices[0].finish_reason == reason
+        assert sum(map(len, streamed)) == whole.usage.completion_tokens
+        shown = server.post("/detokenize", tokens=streamed[0], skip_special_tokens=True).json()["prompt"]
+        assert shown == whole.choices[0].message.content
+    ids = server.llm.read("The capital of France").ids
+    fields = dict(prompt=[ids, ids[:3]], temperature=0, max_tokens=6, ignore_eos=True, return_token_ids=True)
+    whole = server.post("/v1/completions", **fields)
+    assert "x-ignored-fields" not in whole.headers
+    told = [choice["token_ids"] for choice in whole.json()["choices"]]
+    assert [len(one) for one in told] == [6, 6]
+    streamed = [[], []]
+    for event in server.post("/v1/completions", **fields, stream=True).text.split("\n\n")[:-2]:
+        for choice in json.loads(event.removeprefix("data: "))["choices"]:
+            streamed[choice["index"]] += choice.get("token_ids", [])
+    assert streamed == told
+    none = server.post("/v1/completions", prompt=ids, max_tokens=0, echo=True, return_token_ids=True).json()
+    assert none["choices"][0]["token_ids"] == []
+    assert "token_ids" not in server.post("/v1/completions", prompt=ids, max_tokens=2).text
 
 
 def test_models(server):

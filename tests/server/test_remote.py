@@ -126,8 +126,10 @@ def test_only_streams_are_told_of_every_token(demo):
 
     with opened(kind=RemoteLLM) as llm:
         rows, outputs, wrong = asyncio.run(use(llm))
-        assert [row[:2] + row[3:5] for row in rows if row[0] == "whole"] == [("whole", 0, 1, "length")]
-        assert sum(row[3] for row in rows if row[0] == "stream") == 5 and len(rows) > 5
+        (end,) = [row for row in rows if row[0] == "whole"]
+        assert end[:2] + end[3:5] == ("whole", 0, outputs[0].token_ids[-1:], "length")
+        told = [token for row in rows if row[0] == "stream" for token in row[3]]
+        assert told == list(outputs[0].token_ids) and len(told) == 5 and len(rows) > 5
         assert len({output.text for output in outputs}) == 1 == len({row[2] for row in rows if row[4]})
         assert isinstance(wrong, ValueError) and "nonsense" in str(wrong)
     assert llm.process.returncode == 0
@@ -318,7 +320,7 @@ def test_tokens_join_while_the_loop_is_busy_and_half_of_its_time_is_for_others(d
         def hand_out() -> None:
             began = time.monotonic()
             time.sleep(0.05)
-            rounds.append((began, time.monotonic(), sum(row[3] for row in waiting)))
+            rounds.append((began, time.monotonic(), sum(len(row[3]) for row in waiting)))
             waiting.clear()
 
         def told(news: News) -> None:

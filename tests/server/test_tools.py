@@ -144,6 +144,13 @@ def test_logprobs_are_of_every_token_also_of_calls(hermes):
     assert len(told) == len(whole) > 20
 
 
+def test_ids_are_of_every_token_also_of_calls(hermes):
+    wishes = {"extra_body": {"return_token_ids": True}}
+    whole = hermes.ask("So.\n" + CALL, **wishes).choices[0].token_ids
+    chunks = [chunk.choices[0] for chunk in hermes.ask("So.\n" + CALL, stream=True, **wishes)]
+    assert [token for choice in chunks for token in getattr(choice, "token_ids", [])] == whole and len(whole) > 20
+
+
 def test_an_answer_that_was_cut_says_so(hermes):
     whole = hermes.ask(TWO)
     most = whole.usage.completion_tokens - 8

@@ -17,7 +17,7 @@ from lite_llm.weights.hub import Source
 from tools.benchmark import stats
 from tools.benchmark.limits import Limit
 from tools.benchmark.record import Record, spread
-from tools.benchmark.sides import Limits, Model, Side, SideFailed, available
+from tools.benchmark.sides import SERVERS, Limits, Model, Side, SideFailed, available
 from tools.benchmark.work import Run, Work, batch
 
 OURS, JUDGE = "lite_llm", "transformers"
@@ -76,10 +76,13 @@ class Bench:
         say: Say,
         view: View | None = None,
         prefix_cache: bool = False,
+        http: bool = False,
     ):
-        """`prefix_cache`: of our side, where a mode does not say otherwise."""
+        """`prefix_cache`: of our side, where a mode does not say otherwise. `http`: sides that have a server are asked
+        there, ours too."""
         self.facts, self.record, self.roof, self.limits = facts, record, roof, limits
-        self.rounds, self.say, self.view, self.prefix_cache = rounds, say, view, prefix_cache
+        self.rounds, self.say, self.view = rounds, say, view
+        self.prefix_cache, self.http = prefix_cache, http
         self._open = contextlib.ExitStack()
         self.sides: dict[str, Side] = {}
         self.infos: dict[str, dict] = {}  # what each side says of itself
@@ -104,7 +107,7 @@ class Bench:
         self.say(f"starting {label}")
         found = Side(
             side, model=self.facts.model, dtype=self.facts.dtype, device=self.facts.device, limits=self.limits,
-            prefix_cache=prefix_cache, variant=variant,
+            prefix_cache=prefix_cache, variant=variant, http=self.http and side in SERVERS,
         )  # fmt: skip
         if side == OURS and self.facts.device == "cpu":  # others get as many as we chose
             self.limits = replace(self.limits, threads=found.info["threads"])
@@ -136,7 +139,7 @@ class Bench:
                 except SideFailed as error:
                     if label not in self.sides or label == OURS:
                         raise
-                    self.say(f"left out {label}: {error.message}")
+                    self.say(f"left out {label}: {error}")
                     del found[label]
         return found
 

@@ -18,6 +18,8 @@ _COLUMNS = {
     "en": ("seconds", "requests_per_second"),
 }
 """Of the other claims: seconds and tokens."""
+_SUBJECTS = {"as it is": "the engine as users run it"}
+"""Sides by their place in a sentence, where their name is none."""
 _VERSIONS = ("driver", "torch", "triton", "transformers")
 _HEAD = """\
 # Claims of the ancestors, measured again
@@ -109,7 +111,7 @@ def _table(rows: Sequence[ClaimRow]) -> Iterator[str]:
             yield f"| {row.work if not i else ''} | {label} | " + " | ".join(cells) + f" | {share} | {row.rounds} |"
     yield ""
     for row in rows:
-        said = [f"{one['side']} is {_ratio(one)} times as fast as {one['against']}" for one in row.ratios]
+        said = [_faster(one) for one in row.ratios]
         if row.refused:
             said = [f"refused: {row.refused}"]
         if said or row.notes:
@@ -124,6 +126,11 @@ def _item(text: str) -> str:
 
 def _wrapped(text: str, indent: str = "") -> str:
     return textwrap.fill(text, 118, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+
+
+def _faster(one: dict) -> str:
+    side, other = (_SUBJECTS.get(one[name], one[name]) for name in ("side", "against"))
+    return f"{side} is {_ratio(one)} times as fast as {other}"
 
 
 def _spread(figure: dict) -> str:

@@ -18,7 +18,7 @@ from tools.benchmark.ladder import RUNGS
 from tools.benchmark.modes import Job
 from tools.benchmark.record import Record, load
 from tools.benchmark.screen import Screen, Teller
-from tools.benchmark.sides import Limits
+from tools.benchmark.sides import SERVERS, Limits
 from tools.benchmark.work import Lengths, Work, batch, burst, fixed, many, poisson, trace
 from tools.environment import environment
 
@@ -75,10 +75,11 @@ def run(args: Namespace, argv: list[str]) -> int:
         roof = Ceilings.measure(torch.device(device), getattr(torch, facts.dtype))
         reached = {"copy_tb_s": roof.copy / 1e12, "matmul_tflops": roof.matmul / 1e12}
         record = Record.begin(resolved, model, reached, args.json)
-        view = say.flight if args.mode == "online" and say.console.is_terminal else None
+        http = _over_http(args)
+        view = say.flight if args.mode == "online" and say.console.is_terminal and not http else None
         failed: BaseException | None = None
         try:
-            with Bench(facts, record, roof, limits, args.rounds, say, view, args.prefix_cache) as bench:
+            with Bench(facts, record, roof, limits, args.rounds, say, view, args.prefix_cache, http) as bench:
                 record.arguments["sides"] = bench.infos
                 _measure(args, bench, jobs, labels)
         except (LiteLLMError, KeyboardInterrupt) as error:
@@ -143,12 +144,19 @@ def _defaults(args: Namespace, small: bool) -> None:
     args.requests = args.requests or (8 if args.quick else 32 if small else 256)
 
 
+def _over_http(args: Namespace) -> bool:
+    """Whether servers are asked instead of engines: vLLM's is measured as its users have it, and so is ours then."""
+    return args.mode == "online" and "vllm" in args.against
+
+
 def _jobs(args: Namespace, facts: Facts) -> list[Job]:
     limits = {"first token": args.ttft, "tokens": args.tpot}
     note = ", ".join(f"{name} in {seconds:g} s" for name, seconds in limits.items() if seconds)
 
+    over = {"over_http": list(SERVERS)} if _over_http(args) else {}  # which makes it another work
+
     def job(make: Callable[[int], Work], **about) -> Job:
-        return Job(lambda turn: make(1000 * (args.seed + 1) + turn), about, note and f", {note}")
+        return Job(lambda turn: make(1000 * (args.seed + 1) + turn), about | over, note and f", {note}")
 
     common = (facts.vocab, facts.banned)
     if args.arrivals and not args.arrivals.startswith(arguments.ARRIVALS):

@@ -41,7 +41,7 @@ def opened(bench: Bench, labels: Sequence[str]) -> dict:
         except SideFailed as error:
             if label == OURS:
                 raise
-            bench.say(f"left out {label}: {error.message}")
+            bench.say(f"left out {label}: {error}")
     return found
 
 
@@ -84,7 +84,7 @@ def startup(bench: Bench, job: Job, labels: Sequence[str]) -> None:
             except SideFailed as error:
                 if label == OURS:
                     raise
-                bench.say(f"left out {label}: {error.message}")
+                bench.say(f"left out {label}: {error}")
                 del found[label]
                 continue
             first = side.ready_s + (run.answers[0].times or (run.seconds,))[0]

@@ -60,4 +60,4 @@ class Teller:
     def __call__(self, text: str) -> None:
         if text.startswith("left out") or not self.console.is_terminal:
             self.console.print(text, markup=False, highlight=False)
-        self.bar.update(self.task, description=text, advance="warming" in text or ": round" in text)
+        self.bar.update(self.task, description=text.partition("\n")[0], advance="warming" in text or ": round" in text)

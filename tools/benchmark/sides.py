@@ -35,6 +35,9 @@ CLASSES = {
 }
 """Module and class behind each side."""
 
+SERVERS = {"lite_llm": "served:Ours", "vllm": "vllm:Server"}
+"""Module and class behind those that are asked over HTTP."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 KINDS = {"bug": 1, "usage": 2, "missing": 3, "memory": 4, "model": 5, "source": 6}
 """Why a side gives no figure, and the exit code of that: "missing" cannot run here, "memory" does not fit."""
@@ -85,6 +88,7 @@ class Opening:
     limits: Limits = field(default_factory=Limits)
     prefix_cache: bool = False
     variant: str | None = None  # of lite_llm: "module:function", called first; gives options of EngineConfig
+    http: bool = False  # ask a server of its own, instead of the engine in the worker
     began: float | None = None  # time.monotonic() when the process was started
 
     def __post_init__(self):
@@ -94,6 +98,9 @@ class Opening:
             raise UsageError(f"dtype = {self.dtype!r}; expected {', '.join(DTYPES)}", "all sides must have the same")
         if self.variant is not None and self.side != "lite_llm":
             raise UsageError(f"{self.side} has no variants; variant = {self.variant!r} is for lite_llm")
+        if self.http and (self.side not in SERVERS or self.variant is not None):
+            what = self.side if self.variant is None else "a variant"
+            raise UsageError(f"{what} has no server; asked over HTTP can be {', '.join(SERVERS)}")
 
     @classmethod
     def from_json(cls, fields: dict) -> "Opening":
@@ -197,7 +204,8 @@ class Side:
     """
 
     def __init__(self, name: str, *, timeout: float = 600.0, **fields):
-        """`fields` are those of `Opening`, or dicts of theirs: model, dtype, device, limits, prefix_cache, variant."""
+        """`fields` are those of `Opening`, or dicts of theirs: model, dtype, device, limits, prefix_cache, variant,
+        http."""
         plain = {key: value if isinstance(value, dict) else _plain(value) for key, value in fields.items()}
         model = plain.get("model", {})
         if model.get("path") and Path(model["path"]).expanduser().exists():  # the worker runs in another directory
@@ -332,8 +340,8 @@ class Process:
             raise self._failed(f"it answered {message['do']!r} with {line[:80]!r}, which is no answer")
         return found
 
-    def last_lines(self, most: int = 8) -> str:
-        self._log.seek(max(self._log.seek(0, os.SEEK_END) - 4000, 0))
+    def last_lines(self, most: int = 20) -> str:
+        self._log.seek(max(self._log.seek(0, os.SEEK_END) - 8000, 0))
         lines = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
         return "its log ends with\n" + "\n".join(lines[-most:]) if lines else ""
 

@@ -1,55 +1,58 @@
-"""vLLM as a side: its engine's step API, with its own choices where nothing was said.
+"""vLLM as a side: `VLLM` steps its engine, `Server` asks its server, with its own choices where nothing was said.
 
-Written by its documentation and never run here: it is not installed where this was made.
+Written by its documentation and never run here: it is not installed where this was made. The client of `Server` was
+run with our own server in its place.
 """
 
 import json
 import math
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import torch
 import vllm
 from vllm.sampling_params import RequestOutputKind
 
-from lite_llm.weights.hub import Source
-from tools.benchmark.sides import ROOT, Arrivals, Meter, Opening
+from tools.benchmark.served import Served, checkpoint
+from tools.benchmark.sides import Arrivals, Meter, Opening
 from tools.benchmark.work import Answer, Run, Work
-from tools.make_checkpoint import make_checkpoint
 
 _BLOCK = 16  # KV tokens
+_MOST = 0.9  # of the GPU's memory: its own choice
+_SPARE = 0.95  # of what others have left; it refuses to start where less is free than it was promised
+
+
+def _options(opening: Opening) -> dict[str, object]:
+    """Of the engine, as `LLM` and the server's command line know them; what is not said is up to vLLM."""
+    limits = opening.limits
+    found = {
+        "dtype": opening.dtype, "seed": opening.model.seed, "generation_config": "vllm",
+        "max_num_seqs": limits.max_requests, "max_model_len": limits.context,
+        "max_num_batched_tokens": limits.step_tokens,
+        "num_gpu_blocks_override": None if limits.kv_tokens is None else math.ceil(limits.kv_tokens / _BLOCK),
+        "block_size": None if limits.kv_tokens is None else _BLOCK,
+    }  # fmt: skip
+    if opening.device != "cpu":
+        free, total = torch.cuda.mem_get_info()
+        found["gpu_memory_utilization"] = round(min(_MOST, _SPARE * free / total), 3)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class VLLM:
     def __init__(self, opening: Opening):
-        limits, self.device = opening.limits, opening.device
+        self.device = opening.device
         self._made = tempfile.TemporaryDirectory()
-        wished = {
-            "max_num_seqs": limits.max_requests, "max_model_len": limits.context,
-            "max_num_batched_tokens": limits.step_tokens,
-            "num_gpu_blocks_override": None if limits.kv_tokens is None else math.ceil(limits.kv_tokens / _BLOCK),
-            "block_size": None if limits.kv_tokens is None else _BLOCK,
-        }  # fmt: skip
-        options = {name: value for name, value in wished.items() if value is not None}
-        directory = self._directory(opening)
+        directory, options = checkpoint(opening, Path(self._made.name) / "model"), _options(opening)
         self._llm = vllm.LLM(
-            model=str(directory), dtype=opening.dtype, seed=opening.model.seed, disable_log_stats=True,
-            enable_prefix_caching=opening.prefix_cache, generation_config="vllm", **options,
-        )  # fmt: skip
+            model=str(directory), disable_log_stats=True, enable_prefix_caching=opening.prefix_cache, **options
+        )
         self._runs = 0
         self.vocab = json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]
         named = opening.model.shape is None
         self.special = sorted(self._llm.get_tokenizer().all_special_ids) if named else []
         self.info = {"vllm": vllm.__version__, "options": options}
-
-    def _directory(self, opening: Opening) -> Path:
-        """vLLM reads files only, so a shape's random weights are written to some: those that the others have."""
-        model = opening.model
-        if model.shape is None:
-            return Source(str(model.path or ROOT / "lite_llm" / "demo" / "chat")).directory()
-        out = Path(self._made.name) / "model"
-        make_checkpoint(model.shape, out, opening.dtype, model.seed, 5 * 10**9, opening.device)
-        return out
 
     def warm(self, work: Work) -> None:
         self.run(work)
@@ -104,3 +107,17 @@ class VLLM:
     def close(self) -> None:
         """The engine's process goes with ours."""
         self._made.cleanup()
+
+
+class Server(Served):
+    """`vllm serve`, started as a module so that it is that of this Python."""
+
+    def __init__(self, opening: Opening):
+        self._options, self._prefix_cache = _options(opening), opening.prefix_cache
+        super().__init__(opening, {"vllm": vllm.__version__, "options": dict(self._options)})
+
+    def command(self, directory: Path) -> list[str]:
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in self._options.items()]
+        words += ["--enable-prefix-caching" if self._prefix_cache else "--no-enable-prefix-caching"]
+        words += ["--host=127.0.0.1", f"--port={self._port}", "--disable-log-stats", "--disable-uvicorn-access-log"]
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), *words]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Protocol, TextIO
 
 from lite_llm.errors import LiteLLMError
-from tools.benchmark.sides import CLASSES, KINDS, Missing, Opening
+from tools.benchmark.sides import CLASSES, KINDS, SERVERS, Missing, Opening
 from tools.benchmark.work import Run, Work
 
 _BEGAN = time.monotonic()
@@ -25,7 +25,7 @@ Tell = Callable[[dict], None]
 
 
 class Opponent(Protocol):
-    """What a class of `sides.CLASSES` is: made from an Opening, and ready when it is made."""
+    """What a class of `sides.CLASSES` or `sides.SERVERS` is: made from an Opening, and ready when it is made."""
 
     vocab: int
     special: list[int]  # ids that a random prompt should not have
@@ -37,7 +37,7 @@ class Opponent(Protocol):
 
     def score(self, asks: list[dict]) -> list[list[float]]: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None: ...  # twice is fine
 
 
 def main() -> int:
@@ -49,31 +49,36 @@ def main() -> int:
 def serve(questions: TextIO, answers: TextIO) -> int:
     """Until "close", or until nobody asks any more."""
     side: Opponent | None = None
-    for line in questions:
-        message = json.loads(line)
-        try:
-            if message["do"] == "open":
-                side, found = _open(message)
-            else:
-                if side is None:
-                    raise RuntimeError(f"{message['do']!r} before 'open'")
-                found = _obey(side, message, answers)
-        except Exception as error:
-            traceback.print_exc()
-            found = {"ok": False, "error": _one_line(error), "kind": _kind(error)}
-            del error  # with its frames, and the tensors in them
-        answers.write(json.dumps(found) + "\n")
-        answers.flush()
-        if message["do"] == "close":
-            return 0
-        if not found["ok"]:
-            _tidy()
+    try:
+        for line in questions:
+            message = json.loads(line)
+            try:
+                if message["do"] == "open":
+                    side, found = _open(message)
+                else:
+                    if side is None:
+                        raise RuntimeError(f"{message['do']!r} before 'open'")
+                    found = _obey(side, message, answers)
+            except Exception as error:
+                if not isinstance(error, LiteLLMError):  # its message says all, and a server's own end is seen
+                    traceback.print_exc()
+                found = {"ok": False, "error": _one_line(error), "kind": _kind(error)}
+                del error  # with its frames, and the tensors in them
+            answers.write(json.dumps(found) + "\n")
+            answers.flush()
+            if message["do"] == "close":
+                break
+            if not found["ok"]:
+                _tidy()
+    finally:  # whoever asks may be gone without a word, and a side's server must not stay
+        if side is not None:
+            side.close()
     return 0
 
 
 def _open(message: dict) -> tuple[Opponent, dict]:
     opening = Opening.from_json({key: value for key, value in message.items() if key != "do"})
-    module, name = CLASSES[opening.side].split(":")
+    module, name = (SERVERS if opening.http else CLASSES)[opening.side].split(":")
     try:
         made = importlib.import_module(f"tools.benchmark.{module}")
     except ImportError as error:
