@@ -116,7 +116,7 @@ def make(work: Work) -> Made:
 
 def portable(made: Made, causal: bool) -> Tensor:
     out = torch.empty_like(made.q)
-    attention._advance(*made.args()[:3], out, *made.args()[3:], None, causal)
+    attention.attend_flash(*made.args()[:3], out, *made.args()[3:], None, causal)
     return out
 
 

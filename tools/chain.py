@@ -10,7 +10,7 @@ from lite_llm import ops
 from lite_llm.config import ModelConfig
 from lite_llm.ops import reference
 from lite_llm.ops.triton import decode, gemv, skinny, skinny_qkv, wide, wide_qkv
-from lite_llm.ops.triton.decode import capability
+from lite_llm.ops.triton.gpu import capability
 from lite_llm.ops.triton.tuning import Choice
 
 PARTS = {"gate_up": "gated", "down": "add", "head": "linear", "qkv": "qkv", "out": "add"}  # to ops; most bytes first
@@ -62,6 +62,7 @@ class Chain:
     def __init__(self, weights: Weights, tokens: int, context: int, width: int | None = None):
         self.weights, self.tokens, self.context = weights, tokens, min(context, len(weights.cos))
         cfg, device = weights.cfg, weights.device
+        self.device = device
         slots, ints = tokens * self.context + 1, dict(dtype=torch.int32, device=device)
         self.pools = [
             tuple(weights.random(slots, cfg.kv_heads, cfg.head_dim) for _ in range(2)) for _ in weights.layers

@@ -31,9 +31,10 @@ from lite_llm.engine.roofline import copy_rate
 from lite_llm.errors import LiteLLMError
 from lite_llm.models import registry, shapes
 from lite_llm.ops.triton import gemv, skinny, tuning, wide
-from lite_llm.ops.triton.decode import capability
+from lite_llm.ops.triton.gpu import capability
 from lite_llm.ops.triton.tuning import CUBLAS, Choice, Row
 from tools.chain import COLD, PARTS, Chain, Weights
+from tools.prompts import Prompts
 
 SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b")
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -90,9 +91,8 @@ def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 def tune(args: argparse.Namespace) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     end = time.monotonic() + 60 * args.minutes
-    used = tuning.TABLES / f"{tuning.file_name(device)}.json"
-    path, gpu, copy = args.out or used, torch.cuda.get_device_name(device), copy_rate(device)
-    rows = tuning.read(next(p for p in (path, used, tuning.TABLES / "default.json") if p.exists()))
+    gpu, copy = torch.cuda.get_device_name(device), copy_rate(device)
+    path, rows = target(device, args.out)
     print(f"{gpu}: copy {copy / 1e12:.2f} TB/s; {args.minutes:g} minutes; {path}", flush=True)
     jobs = len(args.shape) * len(args.tokens)
     for shape in args.shape:
@@ -118,6 +118,13 @@ def tune(args: argparse.Namespace) -> None:
                 rows = put(rows, weights, part, tokens, found)
                 tuning.write(path, gpu, rows)
             print(f"{name}: {timer.summary(choices, copy)}", flush=True)
+
+
+def target(device: torch.device, out: Path | None) -> tuple[Path, list[tuning.AnyRow]]:
+    """Where to write, and the rows to begin with: of that file, else of this GPU's table, else of the default one."""
+    used = tuning.TABLES / f"{tuning.file_name(device)}.json"
+    path = out or used
+    return path, tuning.read(next(p for p in (path, used, tuning.TABLES / "default.json") if p.exists()))
 
 
 def random_weights(shape: str, device: torch.device, cold: float) -> Weights:
@@ -214,7 +221,7 @@ def present(weights: Weights, part: str, tokens: int) -> Choice:
     return tuning.choose(weights.device, *weights.key(part), max(tokens, weights.least(part)))
 
 
-def put(rows: list[Row], weights: Weights, part: str, tokens: int, choice: Choice) -> list[Row]:
+def put(rows: list[tuning.AnyRow], weights: Weights, part: str, tokens: int, choice: Choice) -> list[tuning.AnyRow]:
     """The rows with one more, or another. A shape that had none keeps what it was given for other numbers of tokens."""
     key = weights.key(part)
     if not any(row[:3] == key for row in rows):
@@ -226,9 +233,9 @@ def put(rows: list[Row], weights: Weights, part: str, tokens: int, choice: Choic
 class Timer:
     """Compares choices in CUDA graphs of the whole chain, all on one stream, for that is what tickets belong to."""
 
-    def __init__(self, chain: Chain, choices: dict[str, Choice], workers: int):
+    def __init__(self, chain: Chain | Prompts, choices: dict[str, Choice], workers: int):
         self.chain, self.workers = chain, workers
-        self.stream = torch.cuda.Stream(chain.weights.device)
+        self.stream = torch.cuda.Stream(chain.device)
         self.memory = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()  # the chain was made on another stream
         self.first = self.graph(choices, "head")  # a pool of memory ends with its last graph; this one stays

@@ -1,9 +1,15 @@
-"""Find the fastest tiles of flash-decoding on this GPU, in its place in a chain of layers; they go into decode.tiles.
+"""Find the fastest tiles of attention on this GPU: of prompts for its table, of flash-decoding to look at.
 
+    python tools/tune_attention.py --prompts 512 2048 8192 [--shape llama-3.2-1b ...] [--minutes 5] [--out FILE]
     python tools/tune_attention.py [--shape llama-3.2-1b ...] [--tokens 1 8 16 64] [--context 512] [--minutes 5]
 
-What attention costs depends on the kernels before and behind it, whose weights it shares the memory with, so whole
-layers are timed; what it adds is the difference to the same layers without it. It prints and writes nothing.
+Prompts: the tile of the portable kernel that is fastest over all these lengths together, one prompt at a time, and then
+whether Hopper's is faster still where it serves. A tile is checked against the reference before it may win; the table
+in lite_llm/ops/triton/tuned/ is written after every shape, whose head dimension is what a row is for.
+
+Flash-decoding: what it costs depends on the kernels before and behind it, whose weights it shares the memory with, so
+whole layers are timed; what it adds is the difference to the same layers without it. It prints and writes nothing, for
+one row of the table serves all numbers of requests up to 128, and another one all above.
 """
 
 import argparse
@@ -18,11 +24,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from lite_llm.models import shapes
-from lite_llm.ops.triton.decode import capability, tiles
-from lite_llm.ops.triton.tuning import Choice
+from lite_llm.config import HFConfig
+from lite_llm.models import registry, shapes
+from lite_llm.ops.triton import tuning
+from lite_llm.ops.triton.attention_tiles import flash_fits, hopper_serves
+from lite_llm.ops.triton.gpu import capability
+from lite_llm.ops.triton.tuning import AnyRow, AttendRow, Choice
 from tools.chain import COLD, PARTS, Chain, Weights
-from tools.tune import Timer, distance, present, random_weights, run, shown
+from tools.prompts import Prompts
+from tools.tune import Timer, distance, present, random_weights, run, shown, target
 
 PART = "attention"
 NONE = Choice("none", None)
@@ -31,10 +41,12 @@ GROUPS = (  # all combinations within one, one after the other, and again as lon
     {"programs": (1, 2, 3, 4, 6, 8), "least": (1, 2, 4, 8)},
     {"release": (0, 1, 2), "asked": (0, 1, 2, 4, 8)},
 )
+FLASH = {"block_m": (64, 128, 256), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run(tune, _arguments(arguments))
+    args = _arguments(arguments)
+    return run(tune_prompts if args.prompts else tune, args)
 
 
 @torch.inference_mode()
@@ -59,9 +71,52 @@ def tune(args: argparse.Namespace) -> None:
             print(f"{name}: attention adds {after:.2f} us a layer as {shown(found)}", flush=True)
 
 
+@torch.inference_mode()
+def tune_prompts(args: argparse.Namespace) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    end = time.monotonic() + 60 * args.minutes
+    gpu, (path, rows) = torch.cuda.get_device_name(device), target(device, args.out)
+    print(f"{gpu}: {args.minutes:g} minutes; {path}", flush=True)
+    for left, shape in zip(range(len(args.shape), 0, -1), args.shape):
+        until = time.monotonic() + (end - time.monotonic()) / left
+        cfg = registry.parse(HFConfig(shapes.shape_config(shape)))
+        prompts = Prompts(cfg, args.prompts, device, torch.bfloat16, int(args.cold * (1 << 30)))
+        key = (cfg.head_dim, prompts.dtype.itemsize, prompts.window is not None)
+        first = tuning.choose_attend(device, *key)
+        flash = Choice("flash", first.tile)
+        timer = Timer(prompts, {PART: flash}, args.workers)
+        found = fastest_prompts(timer, flash, until)
+        for choice in dict.fromkeys((first, flash, Choice("flash", found.tile), found)):
+            told = ", ".join(
+                f"{n:,} tokens {1e6 * s:.1f} us {prompts.flops(n) / s / 1e12:.0f} TFLOP/s"
+                for n, s in prompts.seconds(choice).items()
+            )
+            when = " (before)" * (choice == first) + " (after)" * (choice == found)
+            print(f"{shape}, head_dim {key[0]}{when}: {told} as {shown(choice)}", flush=True)
+        rows = put(rows, AttendRow("attend", *key, found))
+        tuning.write(path, gpu, rows)
+
+
+def fastest_prompts(timer: Timer, flash: Choice, until: float) -> Choice:
+    """The kernel and, whichever that is, the best tile of the portable one that is found until then."""
+    prompts = timer.chain
+    facts = (prompts.cfg.head_dim, prompts.dtype.itemsize, capability(prompts.device))
+    fitting = [choice for choice in around(flash, FLASH) if choice != flash and flash_fits(choice.tile, *facts)]
+    served, now = hopper_serves(*facts), time.monotonic()
+    best = timer.better(PART, {PART: flash}, fitting, now + (until - now) * (0.8 if served else 1.0))
+    hopper = Choice("hopper", best.tile)
+    return timer.better(PART, {PART: best}, [hopper], until) if served else best
+
+
+def put(rows: list[AnyRow], row: AnyRow) -> list[AnyRow]:
+    """The rows with one more, or another in its place."""
+    return [other for other in rows if other[:4] != row[:4]] + [row]
+
+
 def start(weights: Weights, tokens: int) -> Choice:
     """What `decode` does when it is told nothing."""
-    return Choice("decode", tiles(weights.cfg.head_dim, weights.dtype.itemsize, capability(weights.device), tokens))
+    tile = tuning.choose_decode(weights.device, weights.cfg.head_dim, weights.dtype.itemsize, tokens)
+    return Choice("decode", tile)
 
 
 def search(timer: Timer, choices: dict[str, Choice], until: float) -> Choice:
@@ -96,13 +151,18 @@ def costs(timer: Timer, choices: dict[str, Choice], variants: tuple[Choice, ...]
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", nargs="+", default=["llama-3.2-1b"], choices=shapes.shape_names(), metavar="NAME")
+    parser.add_argument("--prompts", nargs="+", type=int, metavar="N", help="tune prompts of so many tokens")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 64], metavar="N")
     parser.add_argument("--context", type=int, default=512, help="keys that each request sees (at most 1024)")
     parser.add_argument("--width", type=int, default=4096, help="keys that the engine's longest request may see")
     parser.add_argument("--minutes", type=float, default=5.0, help="for everything together")
     parser.add_argument("--cold", type=float, default=COLD / (1 << 30), help="GiB of weights: more layers in the chain")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), help="threads that compile")
-    return parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, help="of --prompts: another file than this GPU's table")
+    args = parser.parse_args(arguments)
+    if args.prompts and min(args.prompts) < 1:
+        parser.error(f"--prompts {min(args.prompts)}: expected 1 token or more")
+    return args
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from lite_llm.ops.triton import decode as decoding
+from lite_llm.ops.triton import tuning
+from lite_llm.ops.triton.launch import AT_ONCE, LAST, WAITED
 from tests.close import DEVICE
 from tests.ops.attention import GPU, Case, case, check
 
@@ -37,14 +39,14 @@ def test_who_arrives_last_does_not_matter(monkeypatch, programs, window):
 
 
 def shaped(c: Case, **change) -> Tensor:
-    usual = decoding.tiles(c.q.shape[2], c.q.element_size(), decoding.capability(c.q.device), len(c.rows))
+    usual = tuning.choose_decode(c.q.device, c.q.shape[2], c.q.element_size(), len(c.rows))
     out, args = torch.empty_like(c.q), (c.table, c.rows, c.kv_len, c.decodes, c.scale, c.window)
     decoding.decode(c.q, c.k_pool, c.v_pool, out, *args, shape=usual._replace(**change))
     return out
 
 
 @pytest.mark.parametrize("window", [None, 300])
-@pytest.mark.parametrize("release", [decoding.AT_ONCE, decoding.WAITED, decoding.LAST])
+@pytest.mark.parametrize("release", [AT_ONCE, WAITED, LAST])
 def test_any_shares_release_and_prefetches_give_the_same_bits_in_a_row_of_launches(release, window):
     c = case([700, 1, 70, 129, 0], None, 8, 2, 64, torch.bfloat16 if DEVICE == "cuda" else torch.float16, window)
     want = check(c)

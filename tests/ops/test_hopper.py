@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 import lite_llm.ops.triton
+from lite_llm.ops.triton import attention, tuning
 from lite_llm.ops.triton.decode import LOG2E
-from lite_llm.ops.triton.hopper import on_hopper
+from lite_llm.ops.triton.hopper import readable
 from lite_llm.ops.triton.partial import LOWEST
 from tests.close import DEVICE, assert_close
 from tests.ops import gluon
 from tests.ops.attention import Case, case, exact
+from tests.ops.tables import fresh_tables
 
 GPU = pytest.mark.gpu
 SOURCES = [Path(lite_llm.ops.triton.__file__).parent / f"{name}.py" for name in ("hopper_multiply", "hopper")]
@@ -143,14 +145,32 @@ def test_a_barrier_that_nobody_completes_is_called_a_deadlock(monkeypatch):
         emulated(case([40], [40], 1, 1, 16, decodes=0))
 
 
-def test_other_gpus_types_and_head_dims_go_to_the_portable_kernel():
-    hopper = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-    for dtype, dim, served in ((torch.bfloat16, 128, True), (torch.float16, 128, True), (torch.float32, 128, False),
-                               (torch.bfloat16, 64, False), (torch.bfloat16, 256, False)):  # fmt: skip
-        q = torch.zeros(2, 2, dim, dtype=dtype, device=DEVICE)
-        assert on_hopper(q, q, q) == (hopper and served), (dtype, dim)
+@pytest.mark.parametrize("gpu", [80, 89, 90, 100, 120])
+def test_other_gpus_types_and_head_dims_go_to_the_portable_kernel(monkeypatch, gpu):
+    monkeypatch.setattr(tuning, "capability", lambda device: gpu)
+    with fresh_tables():
+        for itemsize, dim in ((2, 128), (4, 128), (2, 64), (2, 112), (2, 256)):
+            kernel = tuning.choose_attend(torch.device(DEVICE), dim, itemsize, False).kernel
+            assert (kernel == "hopper") == (gpu == 90 and itemsize == 2 and dim == 128), (dim, itemsize)
+
+
+def test_pointers_between_16_bytes_are_not_readable_and_a_cpu_has_no_such_kernel():
+    q = torch.zeros(2, 2, 128, dtype=torch.float16, device=DEVICE)
     odd = torch.zeros(2 * 2 * 128 + 1, dtype=torch.float16, device=DEVICE)[1:].view(2, 2, 128)
-    assert not on_hopper(odd, odd, odd)
+    assert readable(q, q, q) == (DEVICE == "cuda")
+    assert not any((readable(odd, q, q), readable(q, odd, q), readable(q, q, odd)))
+
+
+@pytest.mark.parametrize("kernel", ["flash", "hopper"])
+@pytest.mark.parametrize("lies_right", [True, False])
+def test_prompts_go_where_the_table_says_if_they_can_be_read(monkeypatch, kernel, lies_right):
+    called = []
+    for name in ("attend_hopper", "attend_flash"):
+        monkeypatch.setattr(attention, name, lambda *args, name=name: called.append(name))
+    monkeypatch.setattr(attention, "readable", lambda *tensors: lies_right)
+    monkeypatch.setattr(tuning, "choose_attend", lambda *what: tuning.Choice(kernel, None))
+    case([40, 9], [40, 9], 1, 1, 128, torch.float16, decodes=0).run()
+    assert called == ["attend_hopper" if kernel == "hopper" and lies_right else "attend_flash"]
 
 
 def right(c: Case) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from lite_llm.errors import EnvironmentProblem
 from lite_llm.ops.triton import gemv, skinny, tuning, wide
 from lite_llm.ops.triton.tuning import CUBLAS, Choice, Row
+from tests.ops.tables import fresh_tables
 
 NOWHERE = torch.device("cpu")  # takes the default table
 GOOD = {
@@ -23,13 +24,14 @@ GOOD = {
 @pytest.mark.parametrize("path", sorted(tuning.TABLES.glob("*.json")), ids=lambda path: path.stem)
 def test_the_tables_we_ship(path, tmp_path):
     rows = tuning.read(path)
-    assert {row.op for row in rows} == set(tuning.OPS)
+    assert {row.op for row in rows} - {"attend", "decode"} == set(tuning.OPS)
     tuning.write(tmp_path / "again.json", json.loads(path.read_text())["gpu"], rows)
     assert (tmp_path / "again.json").read_text() == path.read_text()
-    for row in rows:
+    matmuls = [row for row in rows if isinstance(row, Row)]
+    for row in matmuls:
         if row.choice.kernel == "gemv" and row.choice.tile:
             assert gemv.fits(row.choice.tile, row.in_features, row.tokens, row.op in ("gated", "qkv")), row
-    shapes = [tokens for op in tuning.by_shape(rows).values() for tokens in op.values()]
+    shapes = [tokens for op in tuning.by_shape(matmuls).values() for tokens in op.values()]
     for mine in shapes if path.stem != "default" else []:  # a shape with a row of its own needs all of them
         assert mine[0].tokens == 1 and mine[-1].tokens >= 64, mine
 
@@ -57,8 +59,7 @@ def test_the_next_row_above_of_the_nearest_shape_is_taken(tmp_path, monkeypatch)
     ]  # fmt: skip
     tuning.write(tmp_path / "default.json", "some GPU", rows)
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
-    tuning.table.cache_clear(), tuning.choose.cache_clear()
-    try:
+    with fresh_tables():
         for shape, tokens, want in [
             ((1024, 1024), 1, Choice("gemv", small)),
             ((1024, 1024), 2, Choice("skinny", some)),
@@ -72,8 +73,6 @@ def test_the_next_row_above_of_the_nearest_shape_is_taken(tmp_path, monkeypatch)
         ]:
             assert tuning.choose(NOWHERE, "add", *shape, tokens) == want, (shape, tokens)
         assert tuning.choose(NOWHERE, "gated", 1024, 1024, 1) == CUBLAS  # the table has no row of this op
-    finally:
-        tuning.table.cache_clear(), tuning.choose.cache_clear()
 
 
 def test_a_tile_too_large_for_the_shape_gives_way_to_the_default():

@@ -33,6 +33,12 @@ def test_rows_are_compared_with_plain_torch(causal):
     assert bench_prompts.off(made, causal, out) > bench_prompts.OFF
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_portable_kernel_is_among_what_is_compared(causal):
+    made = bench_prompts.make(WORK)
+    assert bench_prompts.off(made, causal, bench_prompts.portable(made, causal)) < 1e-5
+
+
 def test_first_tokens_are_timed_behind_a_gate(monkeypatch):
     monkeypatch.setattr(bench_prompts, "LENGTHS", {"tiny-llama-3.2-1b": (8, 40)})
     monkeypatch.setattr(bench_prompts, "GATED", (5, 30))

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lite_llm.ops.triton.decode import Tiles
+from lite_llm.ops.triton.attention_tiles import Decode
 from lite_llm.ops.triton.launch import AT_ONCE, LAST
 from lite_llm.ops.triton.tuning import CUBLAS, Choice
 from tests.close import DEVICE, assert_close
@@ -14,7 +14,7 @@ from tools import tune_attention
 from tools.chain import PARTS, Chain
 from tools.tune_attention import NONE, PART
 
-TILE = Tiles(32, 4, 2, 2)
+TILE = Decode(32, 4, 2, 2)
 
 
 def test_attention_of_a_chain_runs_as_it_is_told():
@@ -55,7 +55,7 @@ def test_the_search_finds_the_best_tile(monkeypatch):
     timer = FakeTimer(model(), cost)
     monkeypatch.setattr(timer.chain, "right", lambda part, choice: True)
     begin = Choice("decode", TILE)
-    assert tune_attention.search(timer, {PART: begin}, FAR) == Choice("decode", Tiles(32, 8, 3, 1, LAST, 4, 4))
+    assert tune_attention.search(timer, {PART: begin}, FAR) == Choice("decode", Decode(32, 8, 3, 1, LAST, 4, 4))
     assert len(set(timer.tried)) < 150
     assert tune_attention.search(timer, {PART: begin}, time.monotonic() - 1) == begin
 

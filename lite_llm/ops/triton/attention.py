@@ -1,9 +1,8 @@
 """Attention over single-token slots: flash attention here and, for Hopper, in hopper.py; flash-decoding in decode.py.
 
-All run on ragged batches without padding and read every length on the device, so a graph can replay them.
+All run on ragged batches without padding and read every length on the device, so a graph can replay them. Which serves
+prompts, and with which tile, stands in a table (tuning.py).
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -11,36 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lite_llm.ops.reference.attention import HEAD_DIMS, MAX_GROUP
+from lite_llm.ops.triton import tuning
 from lite_llm.ops.triton.aot import SHARED, AotCase
-from lite_llm.ops.triton.decode import LOG2E, capability, decode
-from lite_llm.ops.triton.hopper import attend_hopper, on_hopper
+from lite_llm.ops.triton.attention_tiles import Flash, flash_default
+from lite_llm.ops.triton.decode import LOG2E, decode
+from lite_llm.ops.triton.hopper import attend_hopper, readable
 from lite_llm.ops.triton.layout import FLOATS, check
 from lite_llm.ops.triton.partial import LOWEST
-
-
-class Tiles(NamedTuple):
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def tiles(head_dim: int, itemsize: int, windowed: bool, capability: int) -> Tiles:
-    """Rows (tokens times the heads of a group) and keys per tile: a fact of model and GPU, never of the batch.
-
-    For sm_90 at 64 and 128 without a window the best of those measured; all others are the largest that spill nothing.
-    """
-    wide = triton.next_power_of_2(head_dim)
-    if itemsize == 4:  # exact fp32 products run on the plain cores
-        return Tiles(16, 16, 8 if wide == 128 else 4, 2 if wide == 256 else 1)
-    if wide <= 64:
-        return Tiles(128, 64, 8, 3 if wide == 64 else 2)
-    if wide == 128 and capability in (90, 100):
-        large = capability == 90 and head_dim == 128 and not windowed
-        return Tiles(128, 128, 8, 3) if large else Tiles(128, 64, 8, 3)
-    if wide == 128:
-        return Tiles(64, 32, 8, 3) if windowed else Tiles(128, 32, 8, 3)
-    return Tiles(128, 32, 8, 2) if capability == 90 else Tiles(64, 32, 8, 2)
 
 
 def attend(
@@ -61,20 +37,25 @@ def attend(
     if decodes:
         decode(q, k_pool, v_pool, out, table, rows, kv_len, decodes, scale, window)
     if len(q) > decodes:
-        advance = attend_hopper if on_hopper(q, k_pool, v_pool) else _advance
-        advance(q, k_pool, v_pool, out, table, rows, q_start, kv_len, decodes, scale, window, causal)
+        kernel = tuning.choose_attend(q.device, q.shape[2], q.element_size(), window is not None).kernel
+        prompts = attend_hopper if kernel == "hopper" and readable(q, k_pool, v_pool) else attend_flash
+        prompts(q, k_pool, v_pool, out, table, rows, q_start, kv_len, decodes, scale, window, causal)
     return out
 
 
-def _advance(
+def attend_flash(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, out: Tensor, table: Tensor, rows: Tensor, q_start: Tensor,
-    kv_len: Tensor, decodes: int, scale: float, window: int | None, causal: bool,
+    kv_len: Tensor, decodes: int, scale: float, window: int | None, causal: bool, shape: Flash | None = None,
 ) -> None:  # fmt: skip
-    """Write the rows of `out` from `decodes` on: those of the other requests, and zeros where no request owns one."""
+    """Write the rows of `out` from `decodes` on: those of the other requests, and zeros where no request owns one.
+
+    Arguments as of `attend`, already checked. `shape` is for tuning; without it the tile is that of the table.
+    """
     tokens, heads, head_dim = q.shape
     kv_heads, requests = k_pool.shape[1], len(rows) - decodes
     group = heads // kv_heads
-    shape = tiles(head_dim, q.element_size(), window is not None, capability(q.device))
+    if shape is None:
+        shape = tuning.choose_attend(q.device, head_dim, q.element_size(), window is not None).tile
     # Each request, and the pad rows behind the last, may leave one tile unfilled.
     most = (tokens - decodes) * group // shape.block_m + requests + 1
     _attend_kernel[(kv_heads, most)](
@@ -123,17 +104,26 @@ def aot_cases(capability: int) -> list[AotCase]:
     sizes = [(d, "bf16", 4, w) for d in HEAD_DIMS for w in (False, True)] + [(d, "fp32", 4, True) for d in HEAD_DIMS]
     sizes += [(128, "fp16", 4, False)] + [(128, "bf16", g, True) for g in (1, 2, 3, 5, 7, 8, 16)]
     sizes += [(d, "bf16", 1, False, False) for d in HEAD_DIMS] + [(d, "fp32", 1, False, False) for d in (64, 80)]
+    for _, dim, itemsize, windowed, (_, tile) in tuning.shipped("attend", capability):
+        if tile and tile != flash_default(dim, itemsize, windowed, capability):
+            dtype = {2: "bf16", 4: "fp32"}[itemsize]
+            sizes += [(dim, dtype, 4, windowed, True, tile)]
+            sizes += [] if windowed else [(dim, dtype, 1, False, False, tile)]
     return [_case(capability, *size) for size in sizes]
 
 
-def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool, causal: bool = True) -> AotCase:
-    shape = tiles(head_dim, 4 if dtype == "fp32" else 2, windowed, capability)
+def _case(
+    capability: int, head_dim: int, dtype: str, group: int, windowed: bool, causal: bool = True,
+    tile: Flash | None = None,
+) -> AotCase:  # fmt: skip
+    shape = tile or flash_default(head_dim, 4 if dtype == "fp32" else 2, windowed, capability)
     kinds = dict.fromkeys(("q", "k_pool", "v_pool", "out"), f"*{dtype}") | {"scale": "fp32"}
     kinds |= dict.fromkeys(("table", "rows", "q_start", "kv_len"), "*i32")
     kinds |= dict.fromkeys(("table_stride", "decodes", "requests", "tokens", "window"), "i32")
     constants = {"KV_HEADS": 8, "GROUP": group, "HEAD_DIM": head_dim, "WIDE": triton.next_power_of_2(head_dim)}
     constants |= {"WINDOWED": windowed, "CAUSAL": causal, "BLOCK_M": shape.block_m, "BLOCK_N": shape.block_n}
     name = f"attend-{dtype}-d{head_dim}-g{group}" + "-window" * windowed + "-all" * (not causal)
+    name += "-tile{}x{}w{}s{}".format(*tile) if tile else ""
     unaligned = dict.fromkeys(("table", "rows", "q_start", "kv_len"), 1)
     return AotCase(
         name, _attend_kernel, kinds, constants, unaligned, shape.num_warps, shape.num_stages, SHARED[capability]

@@ -5,64 +5,26 @@ lengths are on the device, so each program works out its run for itself, and one
 
 A request's keys are cut into segments whose size depends on its own length alone. No segment is shared by two programs,
 and results are added up in segment order, in whatever program that happens: so a request's answer is the same to the
-last bit whatever shares the batch, as long as there are no more than MANY requests, or always more.
+last bit whatever shares the batch, as long as there are no more than MANY requests (in attention_tiles.py) or
+always more.
 """
-
-import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lite_llm.ops.triton import tuning
 from lite_llm.ops.triton.aot import SHARED, AotCase
-from lite_llm.ops.triton.launch import AT_ONCE, LAST, WAITED, pdl, prefetch, release, tickets, wait
+from lite_llm.ops.triton.attention_tiles import Decode, decode_default
+from lite_llm.ops.triton.gpu import processors
+from lite_llm.ops.triton.launch import AT_ONCE, LAST, pdl, prefetch, release, tickets, wait
 from lite_llm.ops.triton.partial import add, keep, merge, nothing, put
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 SEGMENT = 64
 """Keys in the smallest segment, or one tile if that has more."""
-
-MANY = 128
-"""Requests above which a program has so many of them that small programs, and more of them at a time, are faster. The
-tile depends on this and on nothing else of the batch.
-"""
-
-
-class Tiles(NamedTuple):
-    """No bit of an answer depends on `programs` or what follows it."""
-
-    block_n: int  # keys; a power of two
-    num_warps: int
-    num_stages: int
-    programs: int  # on each multiprocessor
-    release: int = WAITED  # or AT_ONCE or LAST, which keeps the next kernel's weights from queueing before our keys
-    asked: int = 2  # tiles, the first of its run, that a program prefetches before its wait; 0 or a power of two
-    least: int = 1  # tiles in a program's share: work that is split no further needs less merging
-
-
-def tiles(head_dim: int, itemsize: int, capability: int, requests: int) -> Tiles:
-    """Of those that spill nothing, what keeps the most bytes on their way.
-
-    K and V tiles of all stages fit in 99 KB where that is the limit.
-    """
-    wide, large = triton.next_power_of_2(head_dim), SHARED.get(capability, 0) > 128 << 10
-    if itemsize == 4:  # exact fp32 products run on the plain cores
-        if wide == 128:
-            return Tiles(16 if capability == 90 else 32, 4 if capability == 100 else 8, 2, 2)
-        if wide == 256:
-            return Tiles(16, 8 if capability == 80 else 4, 2, 2)
-        return Tiles(32, 4, 3 if capability == 90 or (capability, wide) == (120, 32) else 2, 2)
-    if wide == 256:
-        return Tiles(64 if large else 32, 8, 3, 1)
-    if wide == 128:
-        return Tiles(32, 8, 3, 2) if capability == 120 else Tiles(64, 4, 3, 2 if large else 1)
-    if wide == 64:
-        many = requests > MANY and capability == 90
-        return Tiles(64, 2, 3, 4) if many else Tiles(128, 4, 2, 3 if large else 2)
-    return Tiles(64, 4 if (capability, wide) == (120, 32) else 2, 3, 3)
 
 
 def max_segments(kv_heads: int) -> int:
@@ -72,11 +34,11 @@ def max_segments(kv_heads: int) -> int:
 
 def decode(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, out: Tensor, table: Tensor, rows: Tensor, kv_len: Tensor,
-    decodes: int, scale: float, window: int | None, shape: Tiles | None = None,
+    decodes: int, scale: float, window: int | None, shape: Decode | None = None,
 ) -> None:  # fmt: skip
     """Write rows [0, decodes) of `out`; request b owns row b. Layouts are as `attend` has checked them.
 
-    `shape` is for tuning; without it the tiles are those of `tiles`.
+    `shape` is for tuning; without it the tile is that of the table.
 
     With PDL the kernel reads `table`, `rows` and `kv_len` while the one launched before it may still run: that one must
     not write them. Kernels before that one may, if it releases only behind its own wait, as `project_qkv_` does.
@@ -84,7 +46,7 @@ def decode(
     heads, head_dim = q.shape[1:]
     kv_heads = k_pool.shape[1]
     if shape is None:
-        shape = tiles(head_dim, q.element_size(), capability(q.device), decodes)
+        shape = tuning.choose_decode(q.device, head_dim, q.element_size(), decodes)
     limit = max_segments(kv_heads)
     span = table.shape[1] if window is None else min(table.shape[1], window + shape.block_n)
     segments = min(max(triton.cdiv(span, SEGMENT), 1), limit)
@@ -114,33 +76,23 @@ def sizes(group: int, head_dim: int) -> dict[str, int]:
     return {"GROUP": group, "WIDE_GROUP": wide_group, "HEAD_DIM": head_dim, "WIDE": wide}
 
 
-@functools.cache
-def capability(device: torch.device) -> int:
-    """90 on the CPU, where the interpreter runs what a Hopper would."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def aot_cases(capability: int) -> list[AotCase]:
     kinds = [(d, "bf16", g, w) for d in (16, 32, 64, 80, 96, 112, 128, 256) for g, w in ((4, False), (4, True))]
     kinds += [(d, "fp32", 4, True) for d in (16, 32, 64, 80, 96, 112, 128, 256)]
     kinds += [(128, "fp16", 4, False), (64, "bf16", 7, False)]
     kinds += [(128, "bf16", g, False) for g in (1, 2, 3, 5, 7, 8, 16)]
-    usual, many = tiles(64, 2, capability, 1), tiles(64, 2, capability, MANY + 1)
-    more = [usual._replace(release=when, asked=n) for when, n in ((AT_ONCE, 0), (LAST, 8))]
-    cases = [_case(capability, *kind) for kind in kinds] + [_case(capability, 64, "bf16", 4, False, m) for m in more]
-    return cases + [_case(capability, 64, "bf16", g, w, many) for g, w in ((4, False), (7, True)) if many != usual]
+    usual = decode_default(64, 2, capability)
+    kinds += [(64, "bf16", 4, False, usual._replace(release=r, asked=n)) for r, n in ((AT_ONCE, 0), (LAST, 8))]
+    for _, dim, itemsize, _, (_, tile) in tuning.shipped("decode", capability):
+        if tile and tile != decode_default(dim, itemsize, capability):
+            kinds += [(dim, {2: "bf16", 4: "fp32"}[itemsize], g, w, tile) for g, w in ((4, False), (7, True))]
+    return [_case(capability, *kind) for kind in kinds]
 
 
-def _case(capability: int, head_dim: int, dtype: str, group: int, windowed: bool, tile: Tiles | None = None) -> AotCase:
-    shape = tile or tiles(head_dim, 4 if dtype == "fp32" else 2, capability, 1)
+def _case(
+    capability: int, head_dim: int, dtype: str, group: int, windowed: bool, tile: Decode | None = None
+) -> AotCase:
+    shape = tile or decode_default(head_dim, 4 if dtype == "fp32" else 2, capability)
     kinds = dict.fromkeys(("q", "k_pool", "v_pool", "out"), f"*{dtype}") | {"scale": "fp32"}
     kinds |= dict.fromkeys(("table", "rows", "kv_len", "tickets"), "*i32") | {"partial": "*fp32", "stats": "*fp32"}
     kinds |= dict.fromkeys(("table_stride", "decodes", "segments", "window", "least"), "i32")

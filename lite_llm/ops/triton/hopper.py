@@ -14,7 +14,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lite_llm.ops.triton.aot import SHARED, AotCase
-from lite_llm.ops.triton.decode import LOG2E, capability, processors
+from lite_llm.ops.triton.attention_tiles import HOPPER_HEAD_DIM
+from lite_llm.ops.triton.decode import LOG2E
+from lite_llm.ops.triton.gpu import processors
 from lite_llm.ops.triton.hopper_multiply import fact, multiply, span_of
 from lite_llm.ops.triton.launch import tickets
 
@@ -26,20 +28,17 @@ _load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 _REQUESTS = gl.constexpr(128)  # that the search for a tile looks at together
 _LEVELS = gl.constexpr(16)
 
-
-HEAD_DIM = 128
-"""The only one that this kernel serves: at 64 the portable one was measured as fast."""
+# Constants, not fields of a tile: of those measured on an H200 (docs/results) these won but at 16,384 tokens, where 232
+# registers did, which spill with Triton 3.9. 240 registers or 256 keys spill with 3.6 too, three stages do not fit.
 _GROUPS = 2  # warp groups that multiply, 64 rows each
 _KEYS = 128  # of a block
 _STAGES = 2  # blocks of K, and of V, in shared memory
 _REGISTERS = 224  # of a thread that multiplies; who brings has the rest
 
 
-def on_hopper(q: Tensor, k_pool: Tensor, v_pool: Tensor) -> bool:
-    """Whether this kernel serves them: by what they are, never by how many, on which a request's bits would depend."""
-    if not q.is_cuda or capability(q.device) != 90 or q.element_size() != 2 or q.shape[2] != HEAD_DIM:
-        return False
-    return all(t.data_ptr() % 16 == 0 for t in (q, k_pool, v_pool))  # the copy engine's and cp.async's step
+def readable(q: Tensor, k_pool: Tensor, v_pool: Tensor) -> bool:
+    """Whether they lie where this kernel can read them: the steps of the copy engine and of cp.async are 16 bytes."""
+    return q.is_cuda and all(t.data_ptr() % 16 == 0 for t in (q, k_pool, v_pool))
 
 
 def attend_hopper(
@@ -48,7 +47,7 @@ def attend_hopper(
 ) -> None:  # fmt: skip
     """Write the rows of `out` from `decodes` on: those of the other requests, and zeros where no request owns one.
 
-    Arguments as of `attend`, already checked; bf16 or fp16, and HEAD_DIM.
+    Arguments as of `attend`, already checked, and `readable`; bf16 or fp16, and HOPPER_HEAD_DIM.
     """
     tokens, heads, head_dim = q.shape
     kv_heads, requests = k_pool.shape[1], len(rows) - decodes
@@ -72,12 +71,12 @@ def aot_cases(capability: int) -> list[AotCase]:
 
 def _case(dtype: str, group: int, windowed: bool, causal: bool) -> AotCase:
     kind = gl.bfloat16 if dtype == "bf16" else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([_KEYS, HEAD_DIM], kind)
-    box = f"tensordesc<{dtype}[{_KEYS}, {HEAD_DIM}],{layout!r}>"
+    layout = gl.NVMMASharedLayout.get_default_for([_KEYS, HOPPER_HEAD_DIM], kind)
+    box = f"tensordesc<{dtype}[{_KEYS}, {HOPPER_HEAD_DIM}],{layout!r}>"
     kinds = dict.fromkeys(("q", "k_pool", "v_pool", "out"), f"*{dtype}") | {"k_boxes": box, "v_boxes": box}
     kinds |= dict.fromkeys(("table", "rows", "q_start", "kv_len", "counters"), "*i32") | {"scale": "fp32"}
     kinds |= dict.fromkeys(("table_stride", "decodes", "requests", "tokens", "window"), "i32")
-    constants = {"KV_HEADS": 8, "GROUP": group, "HEAD_DIM": HEAD_DIM, "WINDOWED": windowed, "CAUSAL": causal}
+    constants = {"KV_HEADS": 8, "GROUP": group, "HEAD_DIM": HOPPER_HEAD_DIM, "WINDOWED": windowed, "CAUSAL": causal}
     constants |= {"GROUPS": _GROUPS, "KEYS": _KEYS, "STAGES": _STAGES, "REGISTERS": _REGISTERS}
     name = f"hopper-{dtype}-g{group}" + "-window" * windowed + "-all" * (not causal)
     unaligned = dict.fromkeys(("table", "rows", "q_start", "kv_len"), 1)

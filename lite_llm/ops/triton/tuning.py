@@ -1,7 +1,9 @@
-"""Which kernel computes a matmul, and with which tile: a table for each GPU model, made by tools/tune.py.
+"""Which kernel computes a matmul or attention, and with which tile: a table for each GPU model, made by tools/tune.py
+and tools/tune_attention.py.
 
-`tuned/<gpu>.json` has one line for an op, a shape and a number of tokens; a line serves all smaller numbers down to the
-next line, and shapes that have no lines take those of the nearest shape. `default.json` is for GPUs without a table.
+`tuned/<gpu>.json` has one line for a matmul, its shape and a number of tokens; a line serves all smaller numbers down
+to the next line, and shapes that have no lines take those of the nearest shape. Attention's lines serve their own head
+dimension alone; one that has none takes the defaults of attention_tiles.py. `default.json` is for GPUs without a table.
 """
 
 import functools
@@ -14,20 +16,30 @@ from typing import Any, NamedTuple
 import torch
 
 from lite_llm.errors import EnvironmentProblem, shown
+from lite_llm.ops.reference.attention import HEAD_DIMS
+from lite_llm.ops.triton import attention_tiles as attention
 from lite_llm.ops.triton import gemv, skinny, wide
-from lite_llm.ops.triton.decode import capability
+from lite_llm.ops.triton.gpu import capability
+from lite_llm.ops.triton.launch import TICKETS
 
 OPS = ("add", "gated", "linear", "qkv")
 TABLES = Path(__file__).parent / "tuned"
-_KEYS = {"op", "in", "out", "tokens", "kernel", "tile"}
+SHIPPED = {"nvidia-h200": 90}
+"""Our tables but the default one, and the compute capability of their GPUs, for which aot.py compiles their tiles."""
+REQUESTS = (attention.MANY, TICKETS)
+"""What rows of flash-decoding are for: few requests, or as many as a launch may have."""
+
+Tile = gemv.Tile | skinny.Tile | wide.Tile | attention.Flash | attention.Decode
 
 
 class Choice(NamedTuple):
-    kernel: str  # "gemv", "skinny", "wide" or "cublas"
-    tile: gemv.Tile | skinny.Tile | wide.Tile | None  # None: the kernel's default; always so of cublas
+    kernel: str  # of a matmul "gemv", "skinny", "wide" or "cublas"; of prompts' attention "flash" or "hopper"; "decode"
+    tile: Tile | None  # None: the kernel's default; always so of cublas. hopper's is flash's, for what it cannot read
 
 
 class Row(NamedTuple):
+    """Of a matmul. The first four of any row say what it is for; no two in a table are the same."""
+
     op: str
     in_features: int
     out_features: int  # rows of the weight: both halves of a gated one
@@ -35,8 +47,47 @@ class Row(NamedTuple):
     choice: Choice
 
 
+class AttendRow(NamedTuple):
+    """Of prompts' attention."""
+
+    op: str
+    head_dim: int
+    itemsize: int  # bytes of an element of q, K and V
+    windowed: bool
+    choice: Choice
+
+
+class DecodeRow(NamedTuple):
+    """Of flash-decoding, for up to so many requests."""
+
+    op: str
+    head_dim: int
+    itemsize: int
+    requests: int
+    choice: Choice
+
+
+AnyRow = Row | AttendRow | DecodeRow
+
+
+class _Kind(NamedTuple):
+    row: type[AnyRow]
+    keys: tuple[str, str, str]  # in a file, as the row has them
+    tiles: dict[str, type[Tile] | None]  # of each kernel; None: it has none
+
+
 CUBLAS = Choice("cublas", None)
-_TILES = {"gemv": gemv.Tile, "skinny": skinny.Tile, "wide": wide.Tile}
+_MATMUL = _Kind(
+    Row,
+    ("in", "out", "tokens"),
+    {"gemv": gemv.Tile, "skinny": skinny.Tile, "wide": wide.Tile, "cublas": None},
+)
+_KINDS = dict.fromkeys(OPS, _MATMUL) | {
+    "attend": _Kind(
+        AttendRow, ("head_dim", "itemsize", "windowed"), {"flash": attention.Flash, "hopper": attention.Flash}
+    ),
+    "decode": _Kind(DecodeRow, ("head_dim", "itemsize", "requests"), {"decode": attention.Decode}),
+}
 _MOST_TOKENS = {
     "gemv": gemv.MOST_TOKENS, "skinny": skinny.MOST_TOKENS, "wide": wide.MOST_TOKENS, "cublas": 1 << 30
 }  # fmt: skip
@@ -57,10 +108,45 @@ def choose(device: torch.device, op: str, in_features: int, out_features: int, t
 
 
 @functools.cache
+def choose_attend(device: torch.device, head_dim: int, itemsize: int, windowed: bool) -> Choice:
+    """The kernel for prompts' attention, and the tile of flash attention, one that this GPU can run."""
+    gpu = capability(device)
+    tile = attention.flash_default(head_dim, itemsize, windowed, gpu)
+    rows = [row for row in _rows(device) if row[:4] == ("attend", head_dim, itemsize, windowed)]
+    kernel, tuned = rows[0].choice if rows else ("hopper", None)
+    if tuned and attention.flash_fits(tuned, head_dim, itemsize, gpu):
+        tile = tuned
+    served = kernel == "hopper" and attention.hopper_serves(head_dim, itemsize, gpu)
+    return Choice("hopper" if served else "flash", tile)
+
+
+@functools.cache
+def choose_decode(device: torch.device, head_dim: int, itemsize: int, requests: int) -> attention.Decode:
+    """The tile for so many requests that decode, one that this GPU can run."""
+    gpu = capability(device)
+    rows = [row for row in _rows(device) if row[:3] == ("decode", head_dim, itemsize) and row.requests >= requests]
+    tile = min(rows, key=lambda row: row.requests).choice.tile if rows else None
+    if tile and attention.decode_fits(tile, head_dim, itemsize, gpu):
+        return tile
+    return attention.decode_default(head_dim, itemsize, gpu)
+
+
+@functools.cache
 def table(device: torch.device) -> Table:
-    """The table of this device's GPU model, else the default one."""
+    """The matmuls of the table of this device's GPU model, else of the default one."""
+    return by_shape(row for row in _rows(device) if isinstance(row, Row))
+
+
+@functools.cache
+def _rows(device: torch.device) -> list[AnyRow]:
     path = TABLES / f"{file_name(device)}.json"
-    return by_shape(read(path if path.exists() else TABLES / "default.json"))
+    return read(path if path.exists() else TABLES / "default.json")
+
+
+def shipped(op: str, capability: int) -> list[AnyRow]:
+    """The rows of an op in our tables for GPUs of this compute capability."""
+    names = [name for name, of in SHIPPED.items() if of == capability]
+    return [row for name in names for row in read(TABLES / f"{name}.json") if row.op == op]
 
 
 def file_name(device: torch.device) -> str:
@@ -96,7 +182,7 @@ def _fitting(choice: Choice, device: torch.device, op: str, in_features: int, ou
     return CUBLAS
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[AnyRow]:
     """The rows of a table file. EnvironmentProblem, naming file and row, for anything a row may not hold."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -104,7 +190,7 @@ def read(path: Path) -> list[Row]:
             raise ValueError(f"rows is {shown(rows)}; expected a list")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EnvironmentProblem(f"{path}: no table of tiles: {error!r}", "make one with tools/tune.py") from None
-    done: dict[tuple, Row] = {}
+    done: dict[tuple, AnyRow] = {}
     for number, entry in enumerate(rows):
         try:
             row = _row(entry)
@@ -116,41 +202,67 @@ def read(path: Path) -> list[Row]:
     return list(done.values())
 
 
-def _row(entry: Any) -> Row:
-    if not isinstance(entry, dict) or not _KEYS - {"tile"} <= entry.keys() <= _KEYS:
-        raise ValueError(f"expected the keys {', '.join(sorted(_KEYS))}")
-    if entry["op"] not in OPS:
-        raise ValueError(f"op = {shown(entry['op'])}; expected {', '.join(OPS)}")
-    for key in ("in", "out", "tokens"):
-        if type(entry[key]) is not int or entry[key] < 1:
+def _row(entry: Any) -> AnyRow:
+    if not isinstance(entry, dict) or entry.get("op") not in tuple(_KINDS):
+        op = entry.get("op") if isinstance(entry, dict) else None
+        raise ValueError(f"op = {shown(op)}; expected {', '.join(_KINDS)}")
+    kind = _KINDS[entry["op"]]
+    expected = {"op", *kind.keys, "kernel", "tile"}
+    if not expected - {"tile"} <= entry.keys() <= expected:
+        raise ValueError(f"expected the keys {', '.join(sorted(expected))}")
+    for key in kind.keys:
+        if key == "windowed" and type(entry[key]) is not bool:
+            raise ValueError(f"windowed = {shown(entry[key])}; expected true or false")
+        if key != "windowed" and (type(entry[key]) is not int or entry[key] < 1):
             raise ValueError(f"{key} = {shown(entry[key])}; expected a whole number above 0")
     kernel = entry["kernel"]
-    if kernel not in tuple(_MOST_TOKENS):
-        raise ValueError(f"kernel = {shown(kernel)}; expected {', '.join(_MOST_TOKENS)}")
-    if entry["tokens"] > _MOST_TOKENS[kernel]:
-        raise ValueError(f"tokens = {entry['tokens']}; {kernel} takes at most {_MOST_TOKENS[kernel]}")
-    tile = _tile(kernel, entry["tile"]) if "tile" in entry else None
-    return Row(entry["op"], entry["in"], entry["out"], entry["tokens"], Choice(kernel, tile))
+    if kernel not in tuple(kind.tiles):
+        raise ValueError(f"kernel = {shown(kernel)}; expected {', '.join(kind.tiles)}")
+    row = kind.row(entry["op"], *(entry[key] for key in kind.keys), Choice(kernel, None))
+    _check(row)
+    if "tile" not in entry:
+        return row
+    return row._replace(choice=Choice(kernel, _tile(kernel, kind.tiles[kernel], entry["tile"])))
 
 
-def _tile(kernel: str, values: Any) -> gemv.Tile | skinny.Tile | wide.Tile:
-    if kernel not in _TILES:
+def _check(row: AnyRow) -> None:
+    """ValueError for a row that no kernel would be asked for, or that would make bits depend on a batch."""
+    kernel = row.choice.kernel
+    if isinstance(row, Row):
+        if row.tokens > _MOST_TOKENS[kernel]:
+            raise ValueError(f"tokens = {row.tokens}; {kernel} takes at most {_MOST_TOKENS[kernel]}")
+        return
+    if row.head_dim not in HEAD_DIMS or row.itemsize not in (2, 4):
+        dims = ", ".join(map(str, HEAD_DIMS))
+        raise ValueError(f"head_dim = {row.head_dim}, itemsize = {row.itemsize}; expected {dims}, of 2 or 4 bytes")
+    if kernel == "hopper" and not attention.hopper_serves(row.head_dim, row.itemsize, 90):
+        raise ValueError(f"hopper takes head_dim = {attention.HOPPER_HEAD_DIM}, itemsize = 2 alone")
+    if isinstance(row, DecodeRow) and row.requests not in REQUESTS:
+        few, most = REQUESTS
+        raise ValueError(
+            f"requests = {row.requests}; expected {few} or {most}, for an answer's bits may depend on no other number"
+        )
+
+
+def _tile(kernel: str, kind: type[Tile] | None, values: Any) -> Tile:
+    if kind is None:
         raise ValueError(f"{kernel} has no tile")
-    known = _TILES[kernel].__annotations__
+    known = kind.__annotations__
     if not isinstance(values, dict) or not values.keys() <= known.keys():
         raise ValueError(f"tile = {shown(values)}; expected an object of {', '.join(known)}")
     for name, value in values.items():
         if type(value) is not known[name] or (known[name] is int and value < 0):
             raise ValueError(f"{name} = {shown(value)}; expected {known[name].__name__} of at least 0")
-    if missing := known.keys() - _TILES[kernel]._field_defaults.keys() - values.keys():
+    if missing := known.keys() - kind._field_defaults.keys() - values.keys():
         raise ValueError(f"tile has no {', '.join(sorted(missing))}")
-    return _TILES[kernel](**values)
+    return kind(**values)
 
 
-def write(path: Path, gpu: str, rows: Iterable[Row]) -> None:
+def write(path: Path, gpu: str, rows: Iterable[AnyRow]) -> None:
     """A table file of sorted rows, one to a line; `read` gives them back."""
     lines = []
-    for op, in_features, out_features, tokens, (kernel, tile) in sorted(rows, key=lambda row: row[:4]):
-        entry = {"op": op, "in": in_features, "out": out_features, "tokens": tokens, "kernel": kernel}
+    for row in sorted(rows, key=lambda row: row[:4]):
+        kernel, tile = row.choice
+        entry = {"op": row.op} | dict(zip(_KINDS[row.op].keys, row[1:4])) | {"kernel": kernel}
         lines.append(json.dumps(entry | ({"tile": tile._asdict()} if tile else {})))
     path.write_text(f'{{"gpu": {json.dumps(gpu)}, "rows": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
