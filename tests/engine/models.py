@@ -111,7 +111,7 @@ class Simulation:
                 self.pool[request.slots[position]] = prefix_hash(request.ids[: position + 1])
         caught_up = [request for request, n in plan if n == request.pending]
         scheduler.launched(plan)
-        scheduler.commit(caught_up, sampled)
+        scheduler.commit(caught_up, [[token] for token in sampled])
         self.after()
         self.steps += 1
         return plan

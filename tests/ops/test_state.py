@@ -157,7 +157,8 @@ def test_what_ends_a_draft(backend):
     chosen = [[1, 2, 3], [1, 2, 3], [1, 9, 3], [1, 2, 3], [1, -1, 3], [1, 2, 3], [1, 1, 1]]
     computed = [[0, 1, 2], [0, 5, 2], [0, 1, 9], [0, 1, 2], [0, 1, -1], [0, 1, 2], [1, 1, 1]]
     state |= {"rows": ints(*sum(rows, [])), "chosen": ints(*sum(chosen, [])), "computed": ints(*sum(computed, []))}
-    state |= {"positions": ints(*[10, 11, 12] * count), "min_len": full(owners, value=0), "counts": full(8, 50, value=0)}
+    state |= {"positions": ints(*[10, 11, 12] * count), "min_len": full(owners, value=0)}
+    state["counts"] = full(owners, 50, value=0)
     state |= {"max_len": ints(20, 20, 20, 12, 20, 20, 20, 20), "stop_ids": full(owners, 2, value=9)}
     state["ended"][5] = 1
     got = run(backend.advance_, state, samples=3)

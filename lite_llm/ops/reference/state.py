@@ -62,22 +62,22 @@ def advance_(
 ) -> None:
     """Append the N tokens `chosen` (-1: the logits were unusable) at `positions` to the requests `rows`; all int32.
 
-    Each `samples` neighbours are of one request, in the order of their positions, rows of pads behind them. The first
-    counts; one behind it counts if the one before it does, did not end the request, and is the token that was `computed`
-    in its place: `computed[N]` are the tokens that the logits were computed from, and not read where `samples` is 1.
+    Each `samples` neighbours are of one request, in the order of their positions, with pads behind them. The first one
+    counts; another counts if the one before it does, has not ended the request, and is the token that was `computed` in
+    its place: `computed[N]` are the tokens that the logits are of, and not read where `samples` is 1.
 
     Those that count become `last`, their positions `length`; both [R], as are `ended`, `min_len`, `max_len`, `counting`
-    (bool or int32). A request ends at an unusable token, at one of `stop_ids[R, S]` (-1: unused) from position `min_len`
-    on, and when it has `max_len` tokens. `counts[R, V]` gains one at the token where the row is `counting`. For the CPU,
-    `ring[K, >= N]` gets the tokens at `[step, :N]`, with 0 <= step < K, and NO_TOKEN for those that do not count; it may
-    be pinned memory, and columns of a larger one. A row that had ended before, and the last one of the tables, stays as
-    it is, with NO_TOKEN in the ring.
+    (bool or int32). A request ends at an unusable token, at one of `stop_ids[R, S]` (-1: unused) from position
+    `min_len` on, and when it has `max_len` tokens. `counts[R, V]` gains one at the token where the row is `counting`.
+    For the CPU, `ring[K, >= N]` gets the tokens at `[step, :N]`, with 0 <= step < K; it may be pinned memory, and some
+    columns of it. Tokens that do not count, those of rows that had ended before and of the last one of the tables
+    change nothing, and are NO_TOKEN in the ring.
     """
     going = ended[rows[::samples].long()] == 0
     for i in range(samples):
         at, p, token = rows[i::samples].long(), positions[i::samples], chosen[i::samples]
         if i:
-            going = lives & ~ends & (computed[i::samples] == chosen[i - 1 :: samples])
+            going = going & (computed[i::samples] == chosen[i - 1 :: samples])
         lives = going & (at < len(last) - 1)
         stops = (stop_ids[at] == token[:, None]).any(1) & (p >= min_len[at])
         ends = (token < 0) | stops | (p + 1 >= max_len[at])
@@ -88,3 +88,4 @@ def advance_(
         length[at] = torch.where(lives, p, length[at])
         ended[at] = torch.where(lives, ends.int(), ended[at])
         counts[at, token.clamp(min=0).long()] += counted.int()
+        going = lives & ~ends

@@ -130,36 +130,34 @@ def _advance_kernel(
     release(PDL)
     request = tl.program_id(0) * REQUESTS + tl.arange(0, REQUESTS)
     mask = request < count
+    row = tl.load(rows + request * SAMPLES, mask, other=pad)
+    live = (row < pad) & (tl.load(ended + row, mask, other=1) == 0)
     at = tl.load(step).to(tl.int64) * ring_stride
+    place = tl.arange(0, STOPS)
+    listed = live[:, None] & (place < stops)[None, :]
+    stop = tl.load(stop_ids + row[:, None] * stops + place[None, :], listed, other=-1)
+    least = tl.load(min_len + row, live, other=0)
+    most = tl.load(max_len + row, live, other=0)
+    counts_here = tl.load(counting + row, live, other=0) != 0
+
     for i in tl.static_range(SAMPLES):
         n = request * SAMPLES + i
-        own = tl.load(rows + n, mask, other=pad)
         token = tl.load(chosen + n, mask, other=-1)
         p = tl.load(positions + n, mask, other=0)
-        if i == 0:
-            row = own
-            live = (row < pad) & (tl.load(ended + row, mask, other=1) == 0)
-        else:
-            tl.debug_barrier()  # what the token before has stored may have been stored by other threads
-            live = (own < pad) & live & (ends == 0) & (tl.load(computed + n, mask, other=-1) == before)
+        if i > 0:
+            stands = tl.load(computed + n, live, other=-1) == tl.load(chosen + n - 1, live, other=-1)
+            live = live & stands & (tl.load(rows + n, live, other=pad) < pad)
+            tl.debug_barrier()  # other threads may have stored what the token before changed
         tl.store(ring + at + n, tl.where(live, token, _NO_TOKEN), mask)
-
-        if i == 0:
-            place = tl.arange(0, STOPS)
-            listed = live[:, None] & (place < stops)[None, :]
-            known = tl.load(stop_ids + row[:, None] * stops + place[None, :], listed, other=-1)
-            least = tl.load(min_len + row, live, other=0)
-            most = tl.load(max_len + row, live, other=0)
-            counts_here = tl.load(counting + row, live, other=0) != 0
-        stopped = tl.max((known == token[:, None]).to(tl.int32), 1) > 0
-        ends = ((token < 0) | (stopped & (p >= least)) | (p + 1 >= most)).to(tl.int32)
-        before = token
+        stopped = tl.max((stop == token[:, None]).to(tl.int32), 1) > 0
+        ends = (token < 0) | (stopped & (p >= least)) | (p + 1 >= most)
         tl.store(last + row, token, live)
         tl.store(length + row, p, live)
-        tl.store(ended + row, ends, live)
+        tl.store(ended + row, ends.to(tl.int32), live)
         counted = live & (token >= 0) & counts_here
         cell = counts + row.to(tl.int64) * vocab + token
         tl.store(cell, tl.load(cell, counted, other=0) + 1, counted)
+        live = live & (ends == 0)
 
 
 def aot_cases(capability: int) -> list[AotCase]:
