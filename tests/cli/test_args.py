@@ -89,6 +89,7 @@ def test_a_full_line():
     assert options.engine["ignore_config"] == ("a", "b") and options.engine["prefix_cache"] is False
     assert options.engine["cuda_graphs"] is False and parsed("").engine["cuda_graphs"] is True
     assert parsed("a/b").model == "a/b"
+    assert parsed("--drafts 15").engine["drafts"] == 15 and parsed("").engine["drafts"] == 0
 
 
 @pytest.mark.parametrize("command", [["cli.py"], ["-m", "lite_llm", "chat"]])

@@ -40,6 +40,14 @@ def test_it_names_the_limit_and_the_share():
     assert "MLP, gate and up" in text and "Python between the operations" in text
 
 
+def test_a_draft_that_stood_took_no_step():
+    roof = Ceilings(copy=1e10, matmul=1e11)
+    last = answer(2 * limit(roof))
+    drafted = dataclasses.replace(last, usage=dataclasses.replace(last.usage, drafted_tokens=40))
+    text = explanation(CFG, PLAN, drafted, roof)
+    assert "a step: 40 tokens were drafts that stood" in text and "reached:     40% of the limit" in text
+
+
 def test_on_a_gpu_the_rest_is_the_kernels():
     text = explanation(CFG, ON_GPU, answer(1000.0), Ceilings(copy=4e12, matmul=8e14))
     assert "GPU's memory copies 4 TB/s" in text and "starting and ending 16 kernels" in text
