@@ -163,10 +163,8 @@ class Engine:
                 raise
         if not plan:
             due = max(len(self.flights) - 1, 0)
-        elif all(request.constraint is not None for request, _ in plan):
+        elif all(r.constraint is not None for r, _ in plan) or any(r.drafts for r, _ in plan):
             due = 0  # no step could be planned meanwhile, or only one for a part of them
-        elif any(request.drafts for request, _ in plan):
-            due = 0  # what is drafted next follows from what stood, and so the others do not run ahead of it
         else:
             due = self.ahead
         while self.flights and (len(self.flights) > due or self.flights[0].is_here):
