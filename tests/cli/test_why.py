@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lite_llm.cli import commands
+from lite_llm.cli import commands, report
 from lite_llm.cli.session import Session
 from lite_llm.cli.why import explanation
 from lite_llm.config import EngineConfig, HFConfig
@@ -46,6 +46,8 @@ def test_a_draft_that_stood_took_no_step():
     drafted = dataclasses.replace(last, usage=dataclasses.replace(last.usage, drafted_tokens=40))
     text = explanation(CFG, PLAN, drafted, roof)
     assert "a step: 40 tokens were drafts that stood" in text and "reached:     40% of the limit" in text
+    assert "50 answer (40 drafted), " in report.statistics(drafted, 80, 1000)
+    assert "drafted" not in report.statistics(last, 80, 1000)
 
 
 def test_on_a_gpu_the_rest_is_the_kernels():
