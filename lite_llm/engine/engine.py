@@ -227,7 +227,7 @@ class Engine:
             flight.landed.synchronize()
         line = self.state.ring[flight.line].tolist()
         requests = [request for request, _ in flight.places]
-        tokens = [_own(line[place : place + 1 + len(request.drafts)]) for request, place in flight.places]
+        tokens = [_own(line, request, place) if request.drafts else [line[place]] for request, place in flight.places]
         running = [request.finish_reason is None for request in requests]
         if flight.logprobs is not None:
             for request, (token, *_), numbers in zip(requests, tokens, flight.logprobs, strict=True):
@@ -269,9 +269,10 @@ def _piece(request: Request, n: int) -> Piece:
     return Piece(request.row, first, tokens, request.slots[first:end], n == request.pending, parts)
 
 
-def _own(tokens: list[int]) -> list[int]:
-    """The first, and those of drafts that stood."""
-    return tokens[: tokens.index(NO_TOKEN, 1)] if NO_TOKEN in tokens[1:] else tokens
+def _own(line: list[int], request: Request, place: int) -> list[int]:
+    """The token at `place`, and those of drafts that stood."""
+    drafted = line[place + 1 : place + 1 + len(request.drafts)]
+    return [line[place], *itertools.takewhile(lambda token: token != NO_TOKEN, drafted)]
 
 
 @functools.cache
