@@ -66,12 +66,13 @@ def output_of(answers: Sequence[Answer]) -> Output:
     decoding = (first.ended or now) - first.arrived - latency
     rate = (first.output_len - 1) / decoding if first.output_len > 1 and decoding > 0 else 0.0
     spent = max(request.ended or now for request in requests) - first.arrived
+    said = sum(request.output_len for request in requests)
     queued = (first.admitted or first.ended or now) - first.arrived
     return Output(
         id=answers[0].name,
         prompt_ids=tuple(first.ids[: first.prompt_len]),
         choices=tuple(answer.choice() for answer in answers),
-        usage=Usage(first.prompt_len, first.prefix_hit, sum(request.output_len for request in requests)),
+        usage=Usage(first.prompt_len, first.prefix_hit, said, sum(request.stood for request in requests)),
         timings=Timings(latency, spent, rate, queued),
         params=first.params,
         prompt_logprobs=tuple(first.prompt_logprobs),

@@ -12,9 +12,10 @@ PAD_SLOT = 0
 class Batch:
     """T tokens of B requests, laid end to end; request b advances by q_start[b + 1] - q_start[b] tokens.
 
-    One token when decoding, a chunk of the prompt, k + 1 when verifying k drafted tokens: there is no phase.
-    The first `decodes` requests advance by exactly one token, so that attention may use its kernel for that. Pads are
-    requests of kv_len 0, and tokens that belong to no request.
+    One token when decoding, a chunk of the prompt: there is no phase. The first `decodes` requests advance by exactly
+    one token, so that attention may use its kernel for that. Among them several may share a row: a request's last token
+    and the drafts behind it, each of which sees those before it. Pads are requests of kv_len 0, and tokens that belong
+    to no request.
     """
 
     tokens: Tensor  # [T]    int32 token ids

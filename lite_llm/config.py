@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _MISSING = object()
 _MOST = 1 << 24  # no size of a real model is larger
+MOST_DRAFTS = 15
+"""Of a request in a step: with the token before them they fill 16 rows, as many as a tensor core takes."""
 
 # Keys that describe training, files or defaults of generation, not the function that the weights compute.
 _HARMLESS = frozenset(
@@ -43,6 +45,7 @@ class EngineConfig:
     max_requests: int = 64  # requests that advance together
     step_tokens: int = 2048  # most tokens of prompts in one step
     max_slowdown: float | None = None  # a step with prompts takes at most this many times one without; None: any time
+    drafts: int = 0  # tokens guessed from what prompt and answer already said, verified together in a step; 0: none
     prefix_cache: bool = True  # keep the KV of finished requests for prompts that begin alike
     cuda_graphs: bool = True  # on a GPU: record each shape of step once, and replay it
     memory_fraction: float = 0.9  # share of the device's free memory that weights, workspace and pool may take
@@ -61,6 +64,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} = {value!r}; expected a whole number of at least 1")
+        if type(self.drafts) is not int or not 0 <= self.drafts <= MOST_DRAFTS:
+            raise UsageError(f"drafts = {self.drafts!r}; expected a whole number from 0 to {MOST_DRAFTS}")
         if type(self.memory_fraction) not in (int, float) or not 0 < self.memory_fraction <= 1:
             raise UsageError(f"memory_fraction = {self.memory_fraction!r}; expected more than 0 and at most 1")
         slow = self.max_slowdown

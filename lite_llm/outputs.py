@@ -42,6 +42,7 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int | None  # of these, how many needed no computing; None: a server did not say
     completion_tokens: int  # of all choices
+    drafted_tokens: int = 0  # of these, how many had been guessed: they took no step of their own
 
 
 @dataclass(frozen=True)

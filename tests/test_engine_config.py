@@ -23,7 +23,9 @@ def test_engine_sizes_are_whole_numbers(field, value):
     (dict(dtype="int8"), "dtype"),
     (dict(max_slowdown=0.9), "max_slowdown"), (dict(max_slowdown=NAN), "max_slowdown"),
     (dict(max_slowdown="2"), "max_slowdown"), (dict(max_slowdown=True), "max_slowdown"),
-    (dict(step_tokens=8, max_requests=9), "step_tokens"),
+    (dict(drafts=-1), "drafts = -1; expected a whole number from 0 to 15"), (dict(drafts=16), "drafts = 16"),
+    (dict(drafts=True), "drafts"), (dict(drafts=2.0), "drafts"), (dict(drafts="4"), "drafts"),
+    (dict(drafts=None), "drafts"), (dict(step_tokens=8, max_requests=9), "step_tokens"),
 ])  # fmt: skip
 def test_engine_settings_out_of_range_are_refused(changes, key):
     with pytest.raises(UsageError, match=key):

@@ -131,6 +131,11 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     group.add_argument("--context", metavar="N", type=_size, help="longest prompt + answer in tokens, such as 32k")
+    group.add_argument(
+        "--drafts", metavar="N", type=_number(int), default=EngineConfig.drafts,
+        help="guess up to N tokens from what prompt and answer already said, and check them in one step: faster where "
+        "text repeats itself, the same answers; default: %(default)s",
+    )  # fmt: skip
     group.add_argument("--no-prefix-cache", action="store_true", help="compute every turn from its first token")
     group.add_argument("--no-cuda-graphs", action="store_true", help="launch kernels one by one: slower, starts sooner")
     group.add_argument("--ignore-config", metavar="KEYS", type=_keys, default=(), help="config.json keys, a,b,c")
@@ -156,13 +161,14 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         device=options.device,
         dtype=options.dtype,
         context=options.context,
+        drafts=options.drafts,
         prefix_cache=not options.no_prefix_cache,
         cuda_graphs=not options.no_cuda_graphs,
         ignore_config=options.ignore_config,
         max_requests=4,  # one answer at a time: no memory for the tables of 64
     )
     if "connect" in options and options.connect is not None:
-        for name in ("device", "dtype", "context", "no_prefix_cache", "no_cuda_graphs", "ignore_config"):
+        for name in ("device", "dtype", "context", "drafts", "no_prefix_cache", "no_cuda_graphs", "ignore_config"):
             if getattr(options, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} is for a model in this process; leave it out with --connect")
     try:

@@ -19,9 +19,10 @@ def statistics(output: "Output", used: int, context: int | None) -> str:
     usage, timings = output.usage, output.timings
     cached = "" if usage.cached_tokens is None else f" ({usage.cached_tokens} cached)"
     prompt = f"{usage.prompt_tokens} prompt tokens{cached}" if usage.prompt_tokens else "prompt not counted"
+    drafted = f" ({usage.drafted_tokens} drafted)" if usage.drafted_tokens else ""
     speed = f", {timings.tokens_per_second:.1f} tok/s" if timings.tokens_per_second else ""
     first = _seconds(timings.first_token)
-    return f"{prompt}, {usage.completion_tokens} answer{speed}, first token {first}, {meter(used, context)}"
+    return f"{prompt}, {usage.completion_tokens} answer{drafted}{speed}, first token {first}, {meter(used, context)}"
 
 
 def ending(output: "Output", context: int | None) -> str | None:

@@ -28,10 +28,12 @@ def explanation(cfg: ModelConfig, plan: MemoryPlan, last: "Output", roof: Ceilin
         return "the last answer is too short to say; ask for a longer one"
     context = usage.prompt_tokens + usage.completion_tokens // 2
     costs = step_costs(cfg, _itemsize(cfg, plan), requests=1, context=context)
-    step, least = 1 / timings.tokens_per_second, floor(costs, roof)
+    steps = usage.completion_tokens - usage.drafted_tokens
+    step, least = usage.completion_tokens / steps / timings.tokens_per_second, floor(costs, roof)
+    taken = f"step: {usage.drafted_tokens} tokens were drafts that stood" if usage.drafted_tokens else "token"
     moved = sum(cost.bytes for cost in costs)
     lines = [
-        f"last answer: {timings.tokens_per_second:,.1f} tok/s, {_time(step)} a token",
+        f"last answer: {timings.tokens_per_second:,.1f} tok/s, {_time(step)} a {taken}",
         f"the limit:   {1 / least:,.1f} tok/s, {_time(least)} a token: each one reads {_bytes(moved)}, and this "
         f"{'GPU' if 'cuda' in plan.device else 'CPU'}'s memory copies {_bytes(roof.copy)}/s (measured now)",
         f"reached:     {least / step:.0%} of the limit",

@@ -124,6 +124,7 @@ class Blueprint:
             usable_vocab=usable_vocab,
             ahead=_AHEAD if self.device.type == "cuda" else 0,
             graphs=self.device.type == "cuda" and self.config.cuda_graphs,
+            drafts=self.config.drafts,
         )
 
     def _pool(self) -> KVPool:

@@ -29,6 +29,7 @@ from lite_llm.engine.state import MAX_STOPS, DeviceState, words_of
 from lite_llm.engine.vision import Encoder, check_pictures
 from lite_llm.errors import UsageError
 from lite_llm.ops import warm
+from lite_llm.ops.reference.state import NO_TOKEN
 from lite_llm.ops.warm import Say
 
 
@@ -36,7 +37,7 @@ from lite_llm.ops.warm import Say
 class Flight:
     """A step on its way: whose tokens it brings, and where they will be."""
 
-    places: list[tuple[Request, int]]  # requests that get a token, and their place in the batch
+    places: list[tuple[Request, int]]  # requests that get a token, and its place; those of drafts are behind it
     line: int  # of the ring
     logprobs: Tensor | None  # numbers for `logprobs.read`, a row for each of `places`
     revealed: list[tuple[Request, int, Tensor]]  # of prompts: the same, of the tokens behind a position
@@ -63,12 +64,13 @@ class Engine:
         usable_vocab: int | None = None,
         ahead: int = 0,
         graphs: bool = False,
+        drafts: int = 0,
     ):
         """`cfg.max_len` is the context: no request grows longer. `usable_vocab`: ids from there on are padding.
 
         `ahead`: steps that may be under way when another is launched. `graphs`: pad steps to the shapes of
         `runner.shapes`, which `warm` then records. `max_slowdown` holds for these, once they are timed, and on a CPU,
-        where steps are timed as they run.
+        where steps are timed as they run. `drafts`: most tokens that a step verifies beyond each request's own.
         """
         self.model, self.cfg, self.kv, self.ahead = model, cfg, kv, ahead
         device = kv.k.device
@@ -80,15 +82,16 @@ class Engine:
         fixed = runner.shapes(max_requests, step_tokens) if graphs else []
         prompts = max(shape.prompts for shape in fixed) if graphs else max_requests
         self.max_slowdown, self.pace = max_slowdown, Pace()
-        most = Shape(max_requests, prompts, step_tokens)
+        most, verifying = Shape(max_requests, prompts, step_tokens), runner.verifying(max_requests, drafts)
         with self._on_stream():
-            self.state = DeviceState(max_requests, cfg.max_len, cfg.vocab, ahead + 2, device)
+            widest = max(shape.requests for shape in (most, *verifying))
+            self.state = DeviceState(max_requests, cfg.max_len, cfg.vocab, ahead + 2, device, widest)
             encoder = None
             if cfg.vision is not None:
                 encoder = Encoder(model, cfg, most.decodes + most.tokens, device, kv.k.dtype)
-            self.runner = Runner(model, kv, self.state, usable_vocab or cfg.vocab, fixed, most, encoder)
+            self.runner = Runner(model, kv, self.state, usable_vocab or cfg.vocab, fixed, most, encoder, verifying)
         self.scheduler = Scheduler(
-            slots, max_requests, step_tokens, prefix, prompts, self._beside, self.runner.fill
+            slots, max_requests, step_tokens, prefix, prompts, self._beside, self.runner.fill, drafts
         )  # fmt: skip
         self.flights: deque[Flight] = deque()
         self.launched = 0
@@ -160,7 +163,7 @@ class Engine:
                 raise
         if not plan:
             due = max(len(self.flights) - 1, 0)
-        elif all(request.constraint is not None for request, _ in plan):
+        elif all(r.constraint is not None for r, _ in plan) or any(r.drafts for r, _ in plan):
             due = 0  # no step could be planned meanwhile, or only one for a part of them
         else:
             due = self.ahead
@@ -194,19 +197,20 @@ class Engine:
         requests = [request for request, _ in plan]
         self.state.edit(requests)
         self.state.allow([request for request, n in plan if request.constraint is not None and n == request.pending])
-        rows = [request.row for request in requests if request.decoding]
+        rows = [request.row for request in requests if request.decoding and not request.drafts]
         pieces = plan[len(rows) :]
         prompts = [_piece(request, n) for request, n in pieces]
         tokens = sum(n for _, n in pieces)
-        shape = self.runner.fit(len(rows), len(prompts), tokens)
+        samples = 1 + max(len(request.drafts) for request in requests)
+        shape = self.runner.fit(len(rows), len(prompts), tokens, samples)
         adjusted = any(request.adjusted for request in requests)
         start = time.perf_counter()
         self.runner.send(shape, rows, prompts)
         self.runner.run(shape, adjusted, reveal=any(request.revealing for request, _ in pieces))
-        if self.stream is None:
+        if self.stream is None and samples == 1:
             self.pace.note(len(rows), tokens, time.perf_counter() - start)
         # Decodes come first in plan and batch; the prompts stand behind the pads of the decodes.
-        places = itertools.chain(range(len(rows)), range(shape.decodes, shape.requests))
+        places = itertools.chain(range(len(rows)), range(shape.decodes, shape.requests, shape.samples))
         sampled = [(r, place) for (r, n), place in zip(plan, places) if n == r.pending]
         logprobs = self._logprobs(sampled) if any(r.params.logprobs is not None for r, _ in sampled) else None
         revealed = self._revealed(pieces)
@@ -222,10 +226,11 @@ class Engine:
         if flight.landed:
             flight.landed.synchronize()
         line = self.state.ring[flight.line].tolist()
-        requests, tokens = [request for request, _ in flight.places], [line[place] for _, place in flight.places]
+        requests = [request for request, _ in flight.places]
+        tokens = [_own(line, request, place) if request.drafts else [line[place]] for request, place in flight.places]
         running = [request.finish_reason is None for request in requests]
         if flight.logprobs is not None:
-            for request, token, numbers in zip(requests, tokens, flight.logprobs, strict=True):
+            for request, (token, *_), numbers in zip(requests, tokens, flight.logprobs, strict=True):
                 if request.finish_reason is None and request.params.logprobs is not None and token >= 0:
                     request.logprobs.append(read(token, numbers, request.params.logprobs))
         for request, first, numbers in flight.revealed:
@@ -260,7 +265,14 @@ class Engine:
 def _piece(request: Request, n: int) -> Piece:
     first, end = request.cached, request.cached + n
     parts = request.parts(first, end)
-    return Piece(request.row, first, request.ids[first:end], request.slots[first:end], n == request.pending, parts)
+    tokens = request.ids[first:end] + request.drafts  # behind the last token, or there are none
+    return Piece(request.row, first, tokens, request.slots[first:end], n == request.pending, parts)
+
+
+def _own(line: list[int], request: Request, place: int) -> list[int]:
+    """The token at `place`, and those of drafts that stood."""
+    drafted = line[place + 1 : place + 1 + len(request.drafts)]
+    return [line[place], *itertools.takewhile(lambda token: token != NO_TOKEN, drafted)]
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import torch
 
 from lite_llm.config import EngineConfig, ModelConfig
 from lite_llm.engine import vision
-from lite_llm.engine.runner import shapes
+from lite_llm.engine.runner import shapes, verifying
 from lite_llm.engine.scheduler import MOST_REVEALED
 from lite_llm.errors import DoesNotFit, UsageError
 
@@ -79,15 +79,19 @@ def plan_memory(
         """Activations of a full step, logits in fp32 with the sampler's copies, tables, partial sums, CUDA graphs."""
         wide = 5 * cfg.hidden + 2 * (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim + 3 * cfg.ffn
         rows = config.max_requests + 1
-        logits = 2 * rows * cfg.vocab * (2 * item + 4 * 2)  # a step may hold as many prompts as decodes
+        drafted = verifying(config.max_requests, config.drafts)
+        most = max((shape.requests for shape in drafted), default=0)  # each has logits, and its own keys in attention
+        # A step may hold as many prompts as decodes.
+        logits = max(2 * rows, most) * cfg.vocab * (2 * item + 4 * 2)
         logits += (config.max_requests * item + MOST_REVEALED * (item + 4 * 2)) * cfg.vocab
         tables = rows * (4 * context + 8 * cfg.vocab + cfg.vocab // 8) + 4 * context * cfg.rope.rotary
-        tokens = config.step_tokens + config.max_requests
-        partial = partial_sums(cfg, config.max_requests, context) if device.type == "cuda" else 0
+        tokens = max(config.step_tokens + config.max_requests, most)
+        partial = partial_sums(cfg, max(config.max_requests, most), context) if device.type == "cuda" else 0
         pictures = vision.workspace(cfg, item, tokens) if cfg.vision is not None else 0
         graphs = 0
         if device.type == "cuda" and config.cuda_graphs:
-            nodes = sum(2 * (_NODES * cfg.num_layers + 16) for _ in shapes(config.max_requests, config.step_tokens))
+            steps = 2 * len(shapes(config.max_requests, config.step_tokens)) + len(drafted)
+            nodes = steps * (_NODES * cfg.num_layers + 16)
             if cfg.vision is not None:
                 nodes += vision.MOST_TILES * (_TOWER_NODES * cfg.vision.num_layers + 32)
             graphs = nodes * _NODE

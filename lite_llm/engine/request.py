@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lite_llm.engine.constraint import Constraint, Grammar
+from lite_llm.engine.draft import Lookup
 from lite_llm.errors import UsageError, shown
 
 if TYPE_CHECKING:
@@ -192,7 +193,10 @@ class Request:
     """Tokens, prompt and answer together, that it has when a stop token may first end it. Under a constraint any stop
     token that was sampled does: what is sent as allowed has none where it is too early."""
     cached: int = 0  # tokens whose K and V are in the pool, or will be by the steps under way
-    flying: int = 0  # tokens that the steps under way will bring
+    flying: int = 0  # tokens that the steps under way will bring, those of drafts that stand aside
+    drafts: list[int] = field(default_factory=list)  # guesses of what follows `ids`, until their step has landed
+    stood: int = 0  # of the answer's tokens, those that had been drafted
+    lookup: Lookup = field(default_factory=Lookup)
     slots: list[int] = field(default_factory=list)  # where the cached tokens are, in order, and the next ones will be
     shared: int = 0  # of these, the first ones that belong to the prefix cache
     node: object = None  # locked place in the prefix cache, while running
@@ -250,17 +254,17 @@ class Request:
 
     @property
     def pending(self) -> int:
-        """Tokens not yet computed: the rest of the prompt, or the one just sampled."""
-        return len(self.ids) + self.flying - self.cached
+        """Tokens not yet computed: the rest of the prompt, or the one just sampled and its drafts."""
+        return len(self.ids) + self.flying + len(self.drafts) - self.cached
 
     @property
     def unread(self) -> bool:
         """Whether what it may say next depends on a token that is still on its way."""
-        return self.constraint is not None and self.flying > 0
+        return self.flying > 0 and (self.constraint is not None or bool(self.drafts))
 
     @property
     def decoding(self) -> bool:
-        """Whether its next step needs nothing from the CPU."""
+        """Whether its next step needs nothing from the CPU, but for drafts if there are any."""
         return self.held == self.cached
 
     @property

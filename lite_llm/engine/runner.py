@@ -11,7 +11,7 @@ from lite_llm import ops
 from lite_llm.batch import Batch, KVPool
 from lite_llm.engine.graphs import record
 from lite_llm.engine.request import Part
-from lite_llm.engine.scheduler import MOST_REVEALED
+from lite_llm.engine.scheduler import FEW, MOST_REVEALED
 from lite_llm.engine.state import DeviceState
 from lite_llm.engine.vision import Encoder
 from lite_llm.ops.warm import Say
@@ -23,14 +23,16 @@ class Shape(NamedTuple):
     decodes: int  # requests that advance by the one token that the device holds
     prompts: int  # further requests ...
     tokens: int  # ... and their tokens together, which the CPU sends
+    samples: int = 1  # more: these are no prompts, but each request's last token and as many drafts as make this up
 
     @property
     def requests(self) -> int:
-        return self.decodes + self.prompts
+        """Of the batch, in which every token that is verified is a request that decodes."""
+        return self.decodes + (self.prompts if self.samples == 1 else self.tokens)
 
 
 class Piece(NamedTuple):
-    """What a step sends of one prompt."""
+    """What a step sends of one prompt, or of one request's last token and drafts."""
 
     row: int
     first: int  # position of its first token
@@ -67,6 +69,12 @@ def shapes(max_requests: int, step_tokens: int) -> list[Shape]:
     return [Shape(d, 0, 0) for d in decodes] + sorted(mixed, key=lambda shape: shape.decodes + shape.tokens)
 
 
+def verifying(max_requests: int, drafts: int) -> list[Shape]:
+    """The shapes of steps that verify up to `drafts` tokens of a request, smallest first; none without any."""
+    few = {1, min(FEW, max_requests)} if drafts else set()
+    return [Shape(n if n > 1 else 0, n, n * (drafts + 1), drafts + 1) for n in sorted(few)]
+
+
 def _filling(decodes: int, tokens: list[int]) -> list[int]:
     """Numbers of tokens of prompts for steps with so many decodes; `tokens` are those for steps without.
 
@@ -86,18 +94,22 @@ class Runner:
 
     def __init__(
         self, model: nn.Module, kv: KVPool, state: DeviceState, usable: int, fixed: Iterable[Shape], most: Shape,
-        encoder: Encoder | None = None,
+        encoder: Encoder | None = None, verifying: Iterable[Shape] = (),
     ):  # fmt: skip
         """`fixed` are the shapes that steps are padded to; none: every step has its own size, at most `most`.
+        `verifying` are those of steps with drafts, smallest first; without `fixed`, what they have room for at most.
 
         Ids from `usable` on are padding of the vocabulary and never sampled. A model that takes pictures has an
         `encoder` for them.
         """
         self.model, self.kv, self.state, self.usable, self.fixed = model, kv, state, usable, list(fixed)
-        self.encoder = encoder
+        self.encoder, self.verifying = encoder, list(verifying)
         self.graphs: dict[tuple[Shape, bool], torch.cuda.CUDAGraph] = {}
         self.seconds: dict[Shape, float] = {}  # that shapes take, filled with pads
+        self._adjustable = most.requests
         requests, tokens = most.requests, most.decodes + most.tokens
+        for shape in self.verifying:
+            requests, tokens = max(requests, shape.requests), max(tokens, shape.decodes + shape.tokens)
         sizes = dict.fromkeys(("rows", "samples", "kv_len", "logits_at"), requests)
         sizes |= {"q_start": requests + 1} | dict.fromkeys(("tokens", "positions", "slots", "pictured"), tokens)
         self._flat = torch.zeros(sum(sizes.values()), dtype=torch.int32, device=state.device)
@@ -107,11 +119,11 @@ class Runner:
         self.raw: Tensor | None = None
         self.revealed = torch.empty(0)  # of all tokens of the last step that was to reveal them
 
-    def fit(self, decodes: int, prompts: int, tokens: int) -> Shape:
+    def fit(self, decodes: int, prompts: int, tokens: int, samples: int = 1) -> Shape:
         """The smallest shape that holds a step."""
         if not self.fixed:
-            return Shape(decodes, prompts, tokens)
-        for shape in self.fixed:
+            return Shape(decodes, prompts, tokens if samples == 1 else prompts * samples, samples)
+        for shape in self.fixed if samples == 1 else self.verifying:
             if decodes <= shape.decodes and prompts <= shape.prompts and tokens <= shape.tokens:
                 return shape
         raise AssertionError(f"no shape for {decodes} decodes and {prompts} prompts of {tokens} tokens")
@@ -147,7 +159,7 @@ class Runner:
         return tokens
 
     def send(self, shape: Shape, rows: list[int], prompts: Sequence[Piece]) -> None:
-        """Fill the inputs: rows that decode, and pieces of prompts."""
+        """Fill the inputs: rows that decode, and pieces of prompts or of what is verified."""
         if not prompts and self._sent == (shape, rows):
             return
         pad, decodes = self.state.pad_row, len(rows)
@@ -158,22 +170,11 @@ class Runner:
         arrays = dict(zip(self._inputs, np.split(words, ends[:-1]), strict=True))
         arrays["rows"][:] = arrays["samples"][:] = pad
         arrays["rows"][:decodes] = arrays["samples"][:decodes] = rows
-        arrays["q_start"][: shape.decodes + 1] = np.arange(shape.decodes + 1)
-        arrays["logits_at"][: shape.decodes] = np.arange(shape.decodes)
-        at, shown = shape.decodes, []
-        for b, (row, first, tokens, slots, wanted, parts) in enumerate(prompts, start=shape.decodes):
-            end = at + len(tokens)
-            for part in parts:
-                shown.append(part._replace(at=at + part.at))
-                arrays["pictured"][shown[-1].at : shown[-1].at + part.count] = 1
-            arrays["rows"][b] = row
-            arrays["samples"][b] = row if wanted else pad
-            arrays["tokens"][at:end], arrays["slots"][at:end] = tokens, slots
-            arrays["positions"][at:end] = np.arange(first, first + len(tokens))
-            arrays["kv_len"][b] = first + len(tokens)
-            arrays["q_start"][b + 1], arrays["logits_at"][b] = end, end - 1
-            at = end
-        arrays["q_start"][shape.decodes + len(prompts) + 1 :] = at
+        shown = []
+        if shape.samples > 1:
+            _fill_drafts(arrays, shape, prompts)
+        else:
+            shown = _fill_prompts(arrays, shape, prompts, pad)
         self._flat.copy_(flat, non_blocking=True)
         if shown:
             self.encoder.show_(shown)
@@ -190,7 +191,7 @@ class Runner:
 
     def capture(self, say: Say, timed: bool = False) -> None:
         """Run every fixed shape once with pads alone, then record its graph; `timed`: and time it."""
-        todo = [(shape, adjusted) for shape in reversed(self.fixed) for adjusted in (True, False)]
+        todo = self._variants()
         if self.raw is None:
             self._allocate()
         pool = torch.cuda.graph_pool_handle()
@@ -198,7 +199,7 @@ class Runner:
             say("capturing graphs", done, len(todo))
             self.send(shape, [], [])
             graph = self.graphs[shape, adjusted] = record(lambda: self._step(shape, adjusted), pool)  # noqa: B023
-            if timed and not adjusted:
+            if timed and not adjusted and shape.samples == 1:
                 self.seconds[shape] = _seconds(graph)
         say("capturing graphs", len(todo), len(todo))
         if self.encoder is not None:
@@ -207,24 +208,29 @@ class Runner:
 
     def rehearse(self) -> None:
         """Run every fixed shape once with pads alone: afterwards no kernel is new."""
-        for shape in reversed(self.fixed):
-            for adjusted in (True, False):
-                self.send(shape, [], [])
-                self._step(shape, adjusted)
-            if 0 < shape.tokens <= MOST_REVEALED:
+        for shape, adjusted in self._variants():
+            self.send(shape, [], [])
+            self._step(shape, adjusted)
+            if shape.samples == 1 and not adjusted and 0 < shape.tokens <= MOST_REVEALED:
                 self._step(shape, adjusted=False, reveal=True)
         self.revealed = torch.empty(0)
         if self.encoder is not None:
             self.encoder.rehearse()
 
+    def _variants(self) -> list[tuple[Shape, bool]]:
+        """What is recorded, the largest first: `run`'s arguments. No draft is verified beside adjusted logits."""
+        whole = [(shape, adjusted) for shape in reversed(self.fixed) for adjusted in (True, False)]
+        return whole + [(shape, False) for shape in reversed(self.verifying)]
+
     def _step(self, shape: Shape, adjusted: bool, reveal: bool = False) -> None:
         i, s, n = self._inputs, self.state, shape.decodes
-        total, requests = n + shape.tokens, shape.requests
+        total, requests, verifies = n + shape.tokens, shape.requests, shape.samples > 1
         ops.decode_inputs_(
             i["tokens"], i["positions"], i["slots"], i["kv_len"], i["rows"][:n], s.last, s.length, s.ended, s.table,
             s.step, len(s.ring),
         )  # fmt: skip
-        sees = self.encoder is not None and shape.prompts > 0  # those that decode embed what was sampled
+        # Those that decode embed what was sampled.
+        sees = self.encoder is not None and shape.prompts > 0 and not verifies
         batch = Batch(
             tokens=i["tokens"][:total],
             positions=i["positions"][:total],
@@ -233,8 +239,8 @@ class Runner:
             kv_len=i["kv_len"][:requests],
             table=s.table,
             rows=i["rows"][:requests],
-            logits_at=i["logits_at"][:requests] if shape.prompts and not reveal else None,
-            decodes=n,
+            logits_at=i["logits_at"][:requests] if shape.prompts and not verifies and not reveal else None,
+            decodes=requests if verifies else n,
             features=self.encoder.features[:total] if sees else None,
             pictured=i["pictured"][:total].bool() if sees else None,
         )
@@ -254,16 +260,50 @@ class Runner:
                 s.stop_ids, s.min_len, s.allowed, s.constrained,
             )  # fmt: skip
         chosen = ops.sample(logits, rows, positions, s.temperature, s.top_k, s.top_p, s.min_p, s.seeds, self.usable)
-        ops.advance_(
-            rows, positions, chosen, s.last, s.length, s.ended, s.stop_ids, s.min_len, s.max_len, s.counting, s.counts,
-            s.ring, s.step,
-        )  # fmt: skip
+        parts = [(0, n, 1), (n, requests, shape.samples)] if verifies else [(0, requests, 1)]
+        for first, end, samples in parts:
+            ops.advance_(
+                rows[first:end], positions[first:end], chosen[first:end], batch.tokens[first:end], s.last, s.length,
+                s.ended, s.stop_ids, s.min_len, s.max_len, s.counting, s.counts, s.ring[:, first:], s.step, samples,
+            )  # fmt: skip
 
     def _allocate(self) -> None:
         weight = next(self.model.parameters(), None)
         dtype = weight.dtype if weight is not None else torch.float32
-        shape = (len(self._inputs["rows"]), self.state.vocab)
+        shape = (self._adjustable, self.state.vocab)
         self.raw = torch.zeros(shape, dtype=dtype, device=self.state.device)
+
+
+def _fill_prompts(arrays: dict[str, np.ndarray], shape: Shape, prompts: Sequence[Piece], pad: int) -> list[Part]:
+    """Write pieces of prompts behind the decodes, end to end; returns the parts of pictures in them."""
+    arrays["q_start"][: shape.decodes + 1] = np.arange(shape.decodes + 1)
+    arrays["logits_at"][: shape.decodes] = np.arange(shape.decodes)
+    at, shown = shape.decodes, []
+    for b, (row, first, tokens, slots, wanted, parts) in enumerate(prompts, start=shape.decodes):
+        end = at + len(tokens)
+        for part in parts:
+            shown.append(part._replace(at=at + part.at))
+            arrays["pictured"][shown[-1].at : shown[-1].at + part.count] = 1
+        arrays["rows"][b] = row
+        arrays["samples"][b] = row if wanted else pad
+        arrays["tokens"][at:end], arrays["slots"][at:end] = tokens, slots
+        arrays["positions"][at:end] = np.arange(first, first + len(tokens))
+        arrays["kv_len"][b] = first + len(tokens)
+        arrays["q_start"][b + 1], arrays["logits_at"][b] = end, end - 1
+        at = end
+    arrays["q_start"][shape.decodes + len(prompts) + 1 :] = at
+    return shown
+
+
+def _fill_drafts(arrays: dict[str, np.ndarray], shape: Shape, pieces: Sequence[Piece]) -> None:
+    """Write what is verified behind the decodes: every token a request of its own, pads behind those of each piece."""
+    arrays["q_start"][:] = np.arange(len(arrays["q_start"]))
+    for at, (row, first, tokens, slots, _, _) in zip(range(shape.decodes, shape.requests, shape.samples), pieces):
+        end = at + len(tokens)
+        arrays["rows"][at:end] = arrays["samples"][at:end] = row
+        arrays["tokens"][at:end], arrays["slots"][at:end] = tokens, slots
+        arrays["positions"][at:end] = np.arange(first, first + len(tokens))
+        arrays["kv_len"][at:end] = np.arange(first + 1, first + 1 + len(tokens))
 
 
 def _seconds(graph: torch.cuda.CUDAGraph) -> float:

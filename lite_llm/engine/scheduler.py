@@ -20,6 +20,10 @@ Plan = list[tuple[Request, int]]
 RUN = 64
 """Slots that a decoding request gets at a time, while there are plenty: the device hears of them once."""
 
+FEW = 8
+"""Most requests in a step with drafts: verifying some tokens of each costs little while a step takes as long as reading
+the weights does, and with more of them it does not."""
+
 MOST_REVEALED = 64
 """Most tokens of prompts in a step whose logits are all wanted: each takes a row as wide as the vocabulary."""
 
@@ -41,15 +45,16 @@ class Scheduler:
         prompts: int,
         beside: Callable[[int], int] | None = None,
         fill: Callable[[int, int], int] | None = None,
+        drafts: int = 0,
     ):
         """`step_tokens`: most tokens of a step that the device does not hold; `prompts`: of how many requests.
 
         `beside` says how many such tokens a step may have, by the number of requests that decode in it; None: all that
         fit. `fill` says how many of a step's tokens are better computed in it, and not in the next one, by the numbers
-        of requests that decode in it and of such tokens; None: all.
+        of requests that decode in it and of such tokens; None: all. `drafts`: most drafted tokens of a request.
         """
         assert step_tokens >= max_requests, "every running request must fit in a step"
-        self.prompts, self.beside, self.fill = prompts, beside, fill
+        self.prompts, self.beside, self.fill, self.drafts = prompts, beside, fill, drafts
         self.slots, self.prefix, self.step_tokens = slots, prefix, step_tokens
         self.max_requests = max_requests
         self.free_rows = list(range(max_requests))[::-1]
@@ -120,6 +125,8 @@ class Scheduler:
             n = self._grow(request, spare)
             (decodes if request.decoding else prompts).append((request, n))
             spare -= n
+        if self.drafts and not prompts and len(decodes) <= FEW:
+            decodes = self._drafted(decodes)
         if any(len(request.slots) > request.written for request in self.running):
             self._stock()
         return decodes + self._filled(prompts, len(decodes))
@@ -133,13 +140,19 @@ class Scheduler:
                 request.flying += 1
                 request.held = request.cached
 
-    def commit(self, requests: list[Request], tokens: list[int]) -> None:
-        """A step has come back, with a token for each of these requests; those that have ended take no more."""
-        for request, token in zip(requests, tokens, strict=True):
+    def commit(self, requests: list[Request], tokens: list[list[int]]) -> None:
+        """A step has come back, with a token for each of these requests, and more where drafts stood; those that have
+        ended take no more."""
+        for request, own in zip(requests, tokens, strict=True):
             request.flying -= 1
             if request.finish_reason is None:
-                request.append(token)
-                self.made += token >= 0
+                for token in own:
+                    request.append(token)
+                    self.made += token >= 0
+                    if request.finish_reason:
+                        break
+                if request.drafts:
+                    self._verified(request, len(own) - 1)
                 if request.finish_reason:
                     self._remove(request)
 
@@ -193,6 +206,35 @@ class Scheduler:
                 prompts.append((request, n - excess))
             excess -= min(n, excess)
         return prompts
+
+    def _drafted(self, decodes: Plan) -> Plan:
+        """With drafts behind the tokens of those whose text repeats itself, and these last.
+
+        What follows is looked up from the last token. So who may have something to draft waits until the CPU knows it;
+        who has not goes on. No draft shares a step with a request whose logits are adjusted: that would be another
+        graph for each shape.
+        """
+        if any(request.adjusted for request, _ in decodes):
+            return decodes
+        plain, drafted = [], []
+        for request, _ in decodes:
+            most = min(self.drafts, request.max_len - len(request.ids) - request.flying - 1)
+            guess = request.lookup.guess(request.ids, most, request.flying)
+            if request.flying and guess:
+                continue
+            request.drafts = guess
+            n = self._grow(request, request.pending)  # it has a slot for its own token
+            del request.drafts[n - 1 :]
+            (drafted if request.drafts else plain).append((request, n))
+        return plain + drafted
+
+    def _verified(self, request: Request, stood: int) -> None:
+        """Forget its drafts. K and V of those that did not stand are overwritten by the tokens that come instead."""
+        request.drafts, request.stood = [], request.stood + stood
+        if not stood:
+            request.lookup.pause(request.ids)
+        if request.row is not None:
+            request.cached = request.held = len(request.ids) - 1
 
     @property
     def _full(self) -> bool:

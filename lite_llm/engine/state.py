@@ -25,8 +25,9 @@ class DeviceState:
     constraint speaks of: small edits between two steps.
     """
 
-    def __init__(self, max_requests: int, max_len: int, vocab: int, depth: int, device: torch.device):
-        """`depth` is how many steps may be under way before the CPU reads the tokens of the first."""
+    def __init__(self, max_requests: int, max_len: int, vocab: int, depth: int, device: torch.device, widest: int):
+        """`depth` is how many steps may be under way before the CPU reads the tokens of the first, `widest` the most
+        tokens of one."""
         rows = max_requests + 1
         self.device, self.vocab, self.pad_row, self._max_len = device, vocab, max_requests, max_len
         ints = dict(dtype=torch.int32, device=device)
@@ -57,7 +58,7 @@ class DeviceState:
         self.allowed = torch.zeros(rows, words_of(vocab), **ints)  # a bit for each token; read where constrained
         self.step = torch.zeros(1, **ints)  # the line of the ring that the last step wrote to
         # The device writes each step's tokens straight into the CPU's memory, in turn.
-        self.ring = torch.zeros(depth, 2 * rows, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.ring = torch.zeros(depth, widest, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.ended[self.pad_row] = 1
         self.top_p[self.pad_row] = self.repetition[self.pad_row] = 1.0
 

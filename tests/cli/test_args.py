@@ -18,7 +18,7 @@ BAD = [
     "--context 32x", "--context 0.3", "--context k", "--context 99999999999", "--device tpu", "--device cuda:x",
     "--device cuda:-1", "--dtype int3", "--dtype", "--unknown", "--tempe 3", "-x", "--model", "--model=", "one two",
     "one --model two", "--quiet --verbose", "--system=", "--prompt", "--resume", "--ignore-config a,,b",
-    "--json=yes", "--stop=", "--no-prefix-cache=1",
+    "--json=yes", "--stop=", "--no-prefix-cache=1", "--drafts 16", "--drafts -1", "--drafts few", "--drafts 1.5",
 ]  # fmt: skip
 
 
@@ -89,6 +89,7 @@ def test_a_full_line():
     assert options.engine["ignore_config"] == ("a", "b") and options.engine["prefix_cache"] is False
     assert options.engine["cuda_graphs"] is False and parsed("").engine["cuda_graphs"] is True
     assert parsed("a/b").model == "a/b"
+    assert parsed("--drafts 15").engine["drafts"] == 15 and parsed("").engine["drafts"] == 0
 
 
 @pytest.mark.parametrize("command", [["cli.py"], ["-m", "lite_llm", "chat"]])

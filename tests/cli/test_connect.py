@@ -198,7 +198,8 @@ def test_what_cannot_be_used_is_said_with_its_exit_code(server, monkeypatch, cap
         (2, ["http://x/?a"], "no http URL"), (6, [url + "/there"], "404"),
         (2, [url, "-m", "three"], "has no model three: there are: one, two"),
         (2, [url, "--device", "cpu"], "--device is for a model in this process"),
-        (2, [url, "--context", "4k"], "--context is for a model"), (2, [url, "--no-cuda-graphs"], "--no-cuda-graphs"),
+        (2, [url, "--context", "4k"], "--context is for a model"), (2, [url, "--drafts", "3"], "--drafts is for"),
+        (2, [url, "--no-cuda-graphs"], "--no-cuda-graphs"),
     ]  # fmt: skip
     for code, argv, words in cases:
         try:

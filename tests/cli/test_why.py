@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lite_llm.cli import commands
+from lite_llm.cli import commands, report
 from lite_llm.cli.session import Session
 from lite_llm.cli.why import explanation
 from lite_llm.config import EngineConfig, HFConfig
@@ -38,6 +38,16 @@ def test_it_names_the_limit_and_the_share():
     assert "reached:     25% of the limit" in text and "CPU's memory copies 10 GB/s" in text
     assert "first token: 12 ms; the 20 prompt tokens that were not cached" in text
     assert "MLP, gate and up" in text and "Python between the operations" in text
+
+
+def test_a_draft_that_stood_took_no_step():
+    roof = Ceilings(copy=1e10, matmul=1e11)
+    last = answer(2 * limit(roof))
+    drafted = dataclasses.replace(last, usage=dataclasses.replace(last.usage, drafted_tokens=40))
+    text = explanation(CFG, PLAN, drafted, roof)
+    assert "a step: 40 tokens were drafts that stood" in text and "reached:     40% of the limit" in text
+    assert "50 answer (40 drafted), " in report.statistics(drafted, 80, 1000)
+    assert "drafted" not in report.statistics(last, 80, 1000)
 
 
 def test_on_a_gpu_the_rest_is_the_kernels():

@@ -111,7 +111,7 @@ class Simulation:
                 self.pool[request.slots[position]] = prefix_hash(request.ids[: position + 1])
         caught_up = [request for request, n in plan if n == request.pending]
         scheduler.launched(plan)
-        scheduler.commit(caught_up, sampled)
+        scheduler.commit(caught_up, [[token] for token in sampled])
         self.after()
         self.steps += 1
         return plan
@@ -174,9 +174,10 @@ Hook = Callable[[int, Batch, Tensor], None]
 class HashModel(nn.Module):
     """Keeps (token, position) as K and the prefix's hash as V; reads all of them back, through the table."""
 
-    def __init__(self, vocab: int, hook: Hook | None = None):
+    def __init__(self, vocab: int, hook: Hook | None = None, memory: int = 1 << 30):
+        """What it says follows from the last `memory` tokens alone: if these are few it soon repeats itself."""
         super().__init__()
-        self.vocab, self.hook, self.calls = vocab, hook, 0
+        self.vocab, self.hook, self.calls, self.memory = vocab, hook, 0, memory
 
     def forward(self, batch: Batch, kv: KVPool) -> Tensor:
         check_batch(batch, kv)
@@ -203,7 +204,7 @@ class HashModel(nn.Module):
         histories += [None] * (len(batch.tokens) - len(histories))
         rows = histories if batch.logits_at is None else [histories[t] for t in batch.logits_at.tolist()]
         broken = np.full(self.vocab, NAN, dtype=np.float32)
-        logits = np.array([broken if row is None else logits_of(row, self.vocab) for row in rows])
+        logits = np.array([broken if row is None else logits_of(row[-self.memory :], self.vocab) for row in rows])
         out = torch.from_numpy(logits.astype(np.float32).reshape(len(rows), self.vocab))
         if self.hook:
             self.hook(self.calls, batch, out)
@@ -217,7 +218,11 @@ def check_batch(batch: Batch, kv: KVPool) -> None:
     assert starts[0] == 0 and starts[-1] <= len(batch.tokens) == len(batch.slots) == len(batch.positions)
     assert len(counts) == len(lengths) == len(batch.rows) and set(counts[: batch.decodes]) <= {1}
     real = [b for b, length in enumerate(lengths) if length]
-    assert len({batch.rows[b].item() for b in real}) == len(real), "two requests in one row"
+    ends: dict[int, int] = {}  # of each row
+    for b in real:
+        follows = b < batch.decodes and ends.get(batch.rows[b].item(), -1) == lengths[b] - 1  # as drafts do
+        assert follows or batch.rows[b].item() not in ends, "two requests in one row"
+        ends[batch.rows[b].item()] = lengths[b]
     slots = batch.slots.tolist()
     used = [slot for b in real for slot in slots[starts[b] : starts[b + 1]]]
     assert len(set(used)) == len(used) and PAD_SLOT not in used and max(used, default=0) < kv.k.shape[1]
@@ -263,6 +268,7 @@ class Rig:
         oracle: HashModel | None = None,
         ahead: int = 0,
         padded: bool = False,
+        drafts: int = 0,
     ):
         """`oracle` or else `model` says the answers. `ahead` and `padded` make the engine work as with CUDA graphs."""
         self.vocab = cfg.vocab if cfg else vocab
@@ -273,7 +279,7 @@ class Rig:
         self.model = model or oracle or HashModel(vocab, hook)
         self.engine = Engine(
             self.model, cfg, self.kv, max_requests=rows, step_tokens=step_tokens, prefix_cache=prefix_cache,
-            usable_vocab=usable_vocab, ahead=ahead, graphs=padded,
+            usable_vocab=usable_vocab, ahead=ahead, graphs=padded, drafts=drafts,
         )  # fmt: skip
         self.scheduler, self.steps = self.engine.scheduler, 0
 
@@ -319,17 +325,17 @@ class Rig:
 
 
 def alone(
-    request: Request, vocab: int, usable: int | None = None, seen: Sequence[int] | None = None
+    request: Request, vocab: int, usable: int | None = None, seen: Sequence[int] | None = None, memory: int = 1 << 30
 ) -> tuple[list[int], str]:
     """What the hash model says to a request that nobody disturbs, worked out token by token without an engine.
 
-    `seen` is what it sees of the prompt, if that is not its ids.
+    `seen` is what it sees of the prompt, if that is not its ids; `memory` is the model's.
     """
     p, ids = request.params, list(request.ids[: request.prompt_len])
     seen = ids if seen is None else seen
     while True:
         done = ids[request.prompt_len :]
-        logits = [float(x) for x in logits_of([*seen[: request.prompt_len], *done], vocab)]
+        logits = [float(x) for x in logits_of([*seen[: request.prompt_len], *done][-memory:], vocab)]
         for token in set(ids):
             logits[token] = (
                 logits[token] / p.repetition_penalty if logits[token] > 0 else logits[token] * p.repetition_penalty

@@ -9,6 +9,7 @@ import torch
 from lite_llm.config import EngineConfig, ModelConfig
 from lite_llm.engine import runner
 from lite_llm.engine.build import Blueprint
+from lite_llm.engine.draft import Lookup
 from lite_llm.engine.engine import Flight
 from lite_llm.engine.request import Request, SamplingParams
 from lite_llm.engine.runner import Piece, Shape
@@ -127,7 +128,9 @@ def config_of(max_len: int) -> ModelConfig:
 def answers(seed: int, graphs: bool) -> list[tuple]:
     """Of thirty requests that come in at random. An engine that nobody warmed pads its steps but records nothing."""
     draw = random.Random(seed)
-    config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=1500, context=500, max_requests=12, step_tokens=96)
+    config = EngineConfig(
+        device="cuda", dtype="bfloat16", kv_tokens=1500, context=500, max_requests=12, step_tokens=96, drafts=3 * seed
+    )
     engine = Blueprint(config_of(600), config).build(lambda model: fill_(model, seed))
     if graphs:
         engine.warm(lambda *_: None)
@@ -155,13 +158,21 @@ def test_graphs_and_eager_steps_say_the_same(seed, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_no_step_waits_for_the_device():
-    """Whoever asks for logprobs, joins, or gets slots: a step only sends; its tokens are read once they are here."""
-    config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=1500, context=500, max_requests=4, step_tokens=96)
+def test_no_step_waits_for_the_device(monkeypatch):
+    """Whoever asks for logprobs, joins, gets slots or drafts: a step only sends; its tokens are read once they are
+    here."""
+    monkeypatch.setattr(Lookup, "guess", lambda self, ids, most, missing: [1] * most)
+    config = EngineConfig(
+        device="cuda", dtype="bfloat16", kv_tokens=1500, context=500, max_requests=4, step_tokens=96, drafts=4
+    )
     engine = Blueprint(config_of(600), config).build(fill_)
     engine.warm(lambda *_: None)
     requests = []
-    for i, wish in enumerate(WISHES * 2):
+    ran, run = [], engine.runner.run
+    monkeypatch.setattr(
+        engine.runner, "run", lambda shape, *rest, **more: (ran.append(shape), run(shape, *rest, **more))
+    )
+    for i, wish in enumerate((*WISHES * 2, *WISHES[:1] * 4)):
         params = SamplingParams(max_tokens=20 + i, seed=i, **wish).resolved({})
         requests.append(Request(list(range(30 + i)), params, frozenset(params.stop_token_ids), max_len=50 + 2 * i))
         engine.add(requests[-1])
@@ -172,7 +183,7 @@ def test_no_step_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert {request.finish_reason for request in requests} <= {"length", "stop"}
-    assert any(request.logprobs for request in requests)
+    assert any(request.logprobs for request in requests) and max(shape.samples for shape in ran) == 5
 
 
 @pytest.mark.gpu
@@ -201,7 +212,9 @@ def test_steady_steps_allocate_nothing():
 @torch.inference_mode()
 def test_a_replay_gives_the_bits_of_an_eager_step():
     torch.manual_seed(0)
-    config = EngineConfig(device="cuda", dtype="bfloat16", kv_tokens=3000, context=1000, max_requests=8, step_tokens=64)
+    config = EngineConfig(
+        device="cuda", dtype="bfloat16", kv_tokens=3000, context=1000, max_requests=8, step_tokens=64, drafts=3
+    )
     engine = Blueprint(config_of(1000), config).build(fill_)
     engine.warm(lambda *_: None)
     run, state, i = engine.runner, engine.state, engine.runner._inputs
@@ -209,23 +222,22 @@ def test_a_replay_gives_the_bits_of_an_eager_step():
     for tensor in (engine.kv.k, engine.kv.v):
         tensor.normal_()
     pool = [engine.kv.k.clone(), engine.kv.v.clone()]
-    for shape in run.fixed:
-        for adjusted in (False, True):
-            seen = []
-            for replay in (False, True):
-                engine.kv.k.copy_(pool[0]), engine.kv.v.copy_(pool[1])
-                state.table[:8, :300] = table
-                state.last[:8] = torch.arange(8, device="cuda", dtype=torch.int32)
-                state.length[:8] = torch.tensor([0, 1, 5, 77, 128, 129, 250, 299], device="cuda", dtype=torch.int32)
-                state.ended[:8], state.max_len[:8], state.counting[:8] = 0, 1000, 1
-                state.counts.zero_(), state.step.zero_(), state.ring.zero_()
-                prompts = [Piece(7, 0, [1, 2, 3], [2901, 2902, 2903], True)] if shape.prompts else []
-                run._sent = None
-                run.send(shape, list(range(min(shape.decodes, 7))), prompts)
-                torch.cuda.synchronize()
-                with torch.cuda.stream(engine.stream):
-                    run.run(shape, adjusted) if replay else run._step(shape, adjusted)
-                torch.cuda.synchronize()
-                state_now = [state.last, state.length, state.ended, state.counts, state.ring, i["tokens"]]
-                seen.append([t.clone() for t in (*state_now, run.raw, engine.kv.k[:, 1:], engine.kv.v[:, 1:])])
-            assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)), shape
+    for shape, adjusted in run._variants():
+        seen = []
+        for replay in (False, True):
+            engine.kv.k.copy_(pool[0]), engine.kv.v.copy_(pool[1])
+            state.table[:8, :300] = table
+            state.last[:8] = torch.arange(8, device="cuda", dtype=torch.int32)
+            state.length[:8] = torch.tensor([0, 1, 5, 77, 128, 129, 250, 299], device="cuda", dtype=torch.int32)
+            state.ended[:8], state.max_len[:8], state.counting[:8] = 0, 1000, 1
+            state.counts.zero_(), state.step.zero_(), state.ring.zero_()
+            prompts = [Piece(7, 0, [1, 2, 3], [2901, 2902, 2903], True)] if shape.prompts else []
+            run._sent = None
+            run.send(shape, list(range(min(shape.decodes, 7))), prompts)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(engine.stream):
+                run.run(shape, adjusted) if replay else run._step(shape, adjusted)
+            torch.cuda.synchronize()
+            state_now = [state.last, state.length, state.ended, state.counts, state.ring, i["tokens"]]
+            seen.append([t.clone() for t in (*state_now, run.raw, engine.kv.k[:, 1:], engine.kv.v[:, 1:])])
+        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)), shape

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lite_llm.config import EngineConfig, HFConfig
-from lite_llm.engine import build, memory, vision
+from lite_llm.engine import build, memory, runner, vision
 from lite_llm.engine.build import Blueprint
 from lite_llm.engine.memory import GIB, plan_memory, size
 from lite_llm.engine.request import Part, Tiles
@@ -147,6 +147,18 @@ def test_the_plan_counts_partial_sums_on_a_gpu_alone(plan):
     rest = many - few - (memory.partial_sums(CFG, 200, 4096) - memory.partial_sums(CFG, 1, 4096))
     few, many = (plan(1 << 40, CPU, max_requests=n).workspace for n in (1, 200))
     assert many - few == rest
+
+
+def test_the_plan_counts_what_drafts_take(plan):
+    """Each token that is verified has logits, and its own part of attention."""
+    for requests, rows, entries in ((1, 4, 16), (4, 10, 4 + 4 * 16), (64, 130, 8 + 8 * 16)):
+        sizes = dict(max_requests=requests, step_tokens=200)
+        for device in (CPU, CUDA):
+            more, plain = (plan(1 << 40, device, drafts=drafts, **sizes).workspace for drafts in (15, 0))
+            logits = (entries - rows) * CFG.vocab * (2 * 4 + 4 * 2)
+            partial = memory.partial_sums(CFG, entries, 4096) - memory.partial_sums(CFG, requests, 4096)
+            graphs = len(runner.verifying(requests, 15)) * (9 * CFG.num_layers + 16) * 8192
+            assert more - plain == logits + (partial + graphs if device == CUDA else 0)
 
 
 def test_more_requests_than_there_are_tickets_are_refused():

@@ -17,6 +17,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.engine import (
     test_constraints,
     test_deadlines,
+    test_drafts,
     test_engine,
     test_pictures,
     test_prefix,
@@ -118,6 +119,21 @@ def prompt_logprobs() -> None:
         test_prompt_logprobs.test_requests_that_give_way_tell_each_token_once(seed)
 
 
+def drafts() -> None:
+    test_drafts.test_what_is_guessed_followed_at_the_last_place(0)
+    test_drafts.test_a_long_prompt_is_read_in_several_calls()
+    test_drafts.test_after_a_guess_of_which_nothing_stood_there_is_a_pause()
+    test_drafts.test_who_has_waited_for_nothing_does_not_wait_again_soon()
+    test_drafts.test_while_drafts_are_under_way_a_request_is_left_out_and_may_leave()
+    for batch, ahead, padded in ((1, 0, False), (3, 2, True)):
+        test_drafts.test_text_that_repeats_itself_takes_fewer_steps(batch, ahead, padded)
+    test_drafts.test_text_that_only_looks_repetitive_is_rarely_held_up(2)
+    test_drafts.test_text_that_never_repeats_takes_the_steps_that_it_took(2, True)
+    test_drafts.test_nothing_is_verified_beside_prompts_adjusted_logits_or_many()
+    test_drafts.test_a_pool_that_is_almost_full_takes_shorter_drafts()
+    test_drafts.test_a_stop_token_that_was_drafted_ends_the_answer()
+
+
 MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
     "slots": [
         ("if not used.all():", "if False:", slots),  # a free slot is freed
@@ -215,6 +231,16 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("request.written = min(request.written, keep)", "pass", engine),
         ("self.prefix.insert(request.keys(cached)", "self.prefix.insert(request.ids[:cached]", pictures),
         ("-1 if sent else request.cached", "-1 if request.pending > 1 else request.cached", pictures),
+        ("and not prompts and len(decodes) <= FEW", "and len(decodes) <= FEW", drafts),
+        ("and not prompts and len(decodes) <= FEW", "and not prompts", drafts),
+        ("if any(request.adjusted for request, _ in decodes):", "if False:", drafts),
+        ("if request.flying and guess:", "if request.flying:", drafts),  # those without a match wait too
+        ("if request.flying and guess:", "if False:", drafts),  # drafts behind a token that is not known
+        ("del request.drafts[n - 1 :]", "pass", drafts),
+        ("return plain + drafted", "return drafted + plain", drafts),
+        ("request.stood + stood", "request.stood + stood + 1", drafts),
+        ("request.lookup.pause(request.ids)", "pass", drafts),
+        ("request.cached = request.held = len(request.ids) - 1", "pass", drafts),
     ],
     "request": [
         ("not low <= value <= high:", "value < low or value > high:", request),  # NaN passes
@@ -229,6 +255,8 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("self.constraint.advance(token)", "pass", constraints),
         ("if self.constraint is None else 0)", ")", constraints),
         (" or self.constraint is not None\n", "\n", constraints),
+        (" or bool(self.drafts))", ")", drafts),
+        ("len(self.drafts) - self.cached", "0 - self.cached", drafts),
         ("tiles.keys[: max(end - start, 0)]", "self.ids[start : min(start + tiles.tokens, end)]", pictures),
         ("(int(self.digest, 16) + 1) << 32", "1 << 32", pictures),
         ("hashlib.blake2b(repr(self.size).encode(),", "hashlib.blake2b(", pictures),
@@ -241,6 +269,15 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("(*self._kept.values(), *features)", "self._kept.values()", pictures),
         ("tiles.digest in self._kept or tiles.digest in group", "tiles.digest in group", pictures),
         (".split(MOST_TILES)", ".split(10**6)", pictures),
+    ],
+    "draft": [
+        ("range(first + size, end + 1)", "range(first + size - 1, end)", drafts),
+        ("max(self._read - size + 1, 0)", "self._read", drafts),
+        ("for size in (_LONG, _SHORT):", "for size in (_SHORT, _LONG):", drafts),
+        ("at + i % (len(ids) - at)", "min(at + i, len(ids) - 1)", drafts),
+        ("self._promised and not found and not missing", "False", drafts),
+        ("self._resting = len(ids) + _PAUSE", "pass", drafts),
+        ("if end < len(ids) - 1:", "if False:", drafts),
     ],
     "state": [
         ("if request.params.penalized:", "if False:", engine),  # a row inherits
@@ -269,13 +306,22 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
     "runner": [
         ('arrays["logits_at"][b] = end, end - 1', 'arrays["logits_at"][b] = end, at', engine),
         ("= row if wanted else pad", "= row", engine),
-        ("range(first, first + len(tokens))", "range(len(tokens))", engine),
+        (
+            'range(first, first + len(tokens))\n        arrays["kv_len"][b]',
+            'range(len(tokens))\n        arrays["kv_len"][b]',
+            engine,
+        ),
         ('arrays["kv_len"][b] = first + len(tokens)', 'arrays["kv_len"][b] = len(tokens)', engine),
         ("if not prompts and self._sent == (shape, rows):", "if not prompts and self._sent:", engine),
         ("self.raw[:requests].copy_(logits)", "self.raw[:requests].copy_(-logits)", engine),
         ("s.seeds, self.usable", "s.seeds, s.vocab", engine),
         ('arrays["rows"][:] = arrays["samples"][:] = pad', "pass", engine),
         ("part._replace(at=at + part.at)", "part", pictures),
+        ("range(first + 1, first + 1 + len(tokens))", "range(first, first + len(tokens))", drafts),
+        ("decodes=requests if verifies else n", "decodes=n", drafts),
+        ("(n, requests, shape.samples)]", "(n, requests, 1)]", drafts),
+        ("s.ring[:, first:]", "s.ring", drafts),
+        ("self.fixed if samples == 1 else self.verifying", "self.fixed", drafts),
         ("self.revealed = logits[n:]", "self.revealed = logits", prompt_logprobs),
         ("self.encoder is not None and shape.prompts > 0", "self.encoder is not None and shape.decodes == 0", pictures),
     ],
@@ -283,7 +329,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ('self.scheduler.fail(plan, "error")', "pass", engine),
         ("max(ids) < self.cfg.vocab", "max(ids) <= self.cfg.vocab", engine),
         ("request.max_len = min(request.max_len, self.cfg.max_len)", "pass", engine),
-        ("range(shape.decodes, shape.requests)", "range(len(rows), shape.requests)", engine),
+        ("range(shape.decodes, shape.requests, s", "range(len(rows), shape.requests, s", engine),
         ("any(request.adjusted for request in requests)", "False", engine),
         ("self.launched % len(self.state.ring)", "(self.launched + 1) % len(self.state.ring)", engine),
         ("and token >= 0:\n", ":\n", engine),
@@ -293,6 +339,10 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("at += n\n        return found", "at += 1\n        return found", prompt_logprobs),
         ("request.ids[first + 1 : end + 1]", "request.ids[first:end]", prompt_logprobs),
         ("is not None and n == request.pending]", "is not None and request.cached == 0]", constraints),
+        ("place + 1 + len(request.drafts)]", "place + len(request.drafts)]", drafts),
+        ("lambda token: token != NO_TOKEN", "lambda token: True", drafts),
+        ("if request.decoding and not request.drafts]", "if request.decoding]", drafts),
+        ("+ request.drafts  # behind", "  # behind", drafts),
         ("due = 0  #", "due = self.ahead  #", constraints),
         ("!= words_of(self.cfg.vocab):", "!= len(request.constraint.allowed):", constraints),
         ("news = self.scheduler.expire(time.monotonic())", "news = []", deadlines),
@@ -321,7 +371,7 @@ def sown(name: str, old: str, new: str):
 
 @pytest.mark.parametrize(
     "killer",
-    [slots, prefix, scheduler, engine, deadlines, request, pictures, prompt_logprobs],
+    [slots, prefix, scheduler, engine, deadlines, request, pictures, prompt_logprobs, drafts],
     ids=lambda f: f.__name__,
 )
 def test_nothing_is_found_where_nothing_was_sown(killer):

@@ -105,7 +105,7 @@ def test_disorder_changes_no_answer(seed, ahead, padded, cfg):
     cache = draw.random() < 0.8
     rig = rig_of(
         cfg, slots=draw.randint(60, 90), rows=rows, step_tokens=rows + draw.randint(0, 20), prefix_cache=cache,
-        ahead=ahead, padded=padded,
+        ahead=ahead, padded=padded, drafts=seed % 4,
     )  # fmt: skip
     if draw.random() < 0.5:  # hardly anything is kept
         rig.engine.runner.encoder._room = 2 * vision._tile_bytes(cfg, 8)

@@ -36,7 +36,7 @@ WISHES = (
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_nothing_compiles_after_ready_and_every_copy_is_exact(dtype):
     draw = random.Random(5)
-    with LLM(COPY, device="cuda", dtype=dtype, max_requests=40, step_tokens=300) as llm:
+    with LLM(COPY, device="cuda", dtype=dtype, max_requests=40, step_tokens=300, drafts=5) as llm:
         pairs = copies(llm.tokenizer, draw, 500, longest=20)
         todo = []
         for i, (asked, answer) in enumerate(pairs):
@@ -62,7 +62,7 @@ def test_nothing_compiles_after_ready_and_every_copy_is_exact(dtype):
 def test_long_prompts_compile_nothing_either():
     """Beyond what the copy model knows, of a model that says anything, with steps filled to their budget."""
     draw = random.Random(3)
-    with LLM(shape="tiny-llama-3.2-1b", random_weights=True, device="cuda", max_requests=8) as llm:
+    with LLM(shape="tiny-llama-3.2-1b", random_weights=True, device="cuda", max_requests=8, drafts=7) as llm:
         with warm.counting() as counter:
             for _ in range(6):
                 lengths = [draw.choice((1, 3, 16, 100, 511, 700, 960)) for _ in range(draw.randint(1, 8))]

@@ -86,7 +86,8 @@ def test_a_request_that_has_ended_computes_a_pad(backend):
 
 def step_state(count, owners, vocab, stops, depth=4):
     state = {"rows": rows_of(count, owners), "positions": random_ints(0, 20, count)}
-    state |= {"chosen": random_ints(-1, vocab, count), "last": full(owners), "length": full(owners)}
+    state |= {"chosen": random_ints(-1, vocab, count), "computed": full(count)}
+    state |= {"last": full(owners), "length": full(owners)}
     state |= {"ended": random_ints(0, 2, owners) * random_ints(0, 2, owners), "min_len": random_ints(0, 20, owners)}
     stop_ids = torch.where(random_ints(0, 2, owners, stops) > 0, random_ints(0, vocab, owners, stops), -1)
     state |= {"stop_ids": stop_ids, "max_len": random_ints(10, 40, owners), "counting": random_ints(0, 2, owners)}
@@ -94,13 +95,89 @@ def step_state(count, owners, vocab, stops, depth=4):
     return state | {"counts": counts, "ring": full(depth, count + 2), "step": ints(depth - 1)}
 
 
+def verifying_state(requests, samples, owners, vocab, stops):
+    """Drafts of any length up to samples - 1, pads behind them; some stand, some by chance."""
+    state, count = step_state(requests, owners, vocab, stops), requests * samples
+    places = torch.arange(samples, device=DEVICE)
+    used = places < random_ints(1, samples + 1, requests)[:, None]
+    rows = torch.where(used, state["rows"][:, None], owners - 1)
+    chosen = random_ints(0, vocab, requests, samples) - (random_ints(0, 20, requests, samples) == 0).int()
+    right = torch.cat([full(requests, 1), chosen[:, :-1]], 1)
+    computed = torch.where(random_ints(0, 4, requests, samples) > 0, right, random_ints(0, vocab, requests, samples))
+    state |= {"rows": rows.flatten().int(), "chosen": chosen.flatten(), "computed": computed.flatten().int()}
+    state |= {"positions": (state["positions"][:, None] + places).flatten().int()}
+    return state | {"ring": full(4, count + 2)}
+
+
 @pytest.mark.parametrize("stops", [1, 5, 64])
 @pytest.mark.parametrize("count", [1, 3, 32, 33, 300])
 def test_a_token_changes_what_the_reference_says(count, stops):
     state = step_state(count, 250, 12, stops)
-    assert_equal(run(kernels.advance_, state), run(reference.advance_, state))
+    assert_equal(run(kernels.advance_, state, samples=1), run(reference.advance_, state, samples=1))
     flags = state | {"counting": state["counting"] > 0}
-    assert_equal(run(kernels.advance_, flags), run(reference.advance_, flags))
+    assert_equal(run(kernels.advance_, flags, samples=1), run(reference.advance_, flags, samples=1))
+
+
+@pytest.mark.parametrize("samples", [2, 3, 8, 16])
+@pytest.mark.parametrize("requests", [1, 7, 40])
+def test_drafts_change_what_the_reference_says(requests, samples):
+    for stops in (1, 6):
+        state = verifying_state(requests, samples, 50, 12, stops)
+        assert_equal(run(kernels.advance_, state, samples=samples), run(reference.advance_, state, samples=samples))
+
+
+@both
+def test_drafts_are_what_steps_of_one_token_would_have_said(backend):
+    """Those that stand, one after the other, until one does not or the request has ended."""
+    stood = 0
+    for _ in range(30):
+        requests, samples = 9, 4
+        state = verifying_state(requests, samples, 12, 5, 2)
+        got, want = run(backend.advance_, state, samples=samples), run(lambda **_: None, state)
+        ring = want["ring"][3]
+        ring[: requests * samples] = NO_TOKEN
+        for r in range(requests):
+            for n in range(r * samples, (r + 1) * samples):
+                lives = want["rows"][n] < 11 and want["ended"][want["rows"][n]] == 0
+                if n % samples and (not lives or want["computed"][n] != want["chosen"][n - 1]):
+                    break
+                stood += n % samples > 0
+                one = {name: want[name][n : n + 1] for name in ("rows", "positions", "chosen", "computed")}
+                backend.advance_(**want | one | {"ring": want["ring"][:, n:]}, samples=1)
+        assert_equal(got, want)
+    assert stood > 100
+
+
+@both
+def test_what_ends_a_draft(backend):
+    """One request each: all stand, the first does not, a stop in the middle, full, unusable, ended before, no draft."""
+    owners, count = 8, 7
+    state = step_state(3 * count, owners, 50, 2) | {"ended": full(owners, value=0), "counting": full(owners, value=1)}
+    rows = [[r, r, r] for r in range(count - 1)] + [[6, 7, 7]]
+    chosen = [[1, 2, 3], [1, 2, 3], [1, 9, 3], [1, 2, 3], [1, -1, 3], [1, 2, 3], [1, 1, 1]]
+    computed = [[0, 1, 2], [0, 5, 2], [0, 1, 9], [0, 1, 2], [0, 1, -1], [0, 1, 2], [1, 1, 1]]
+    state |= {"rows": ints(*sum(rows, [])), "chosen": ints(*sum(chosen, [])), "computed": ints(*sum(computed, []))}
+    state |= {"positions": ints(*[10, 11, 12] * count), "min_len": full(owners, value=0)}
+    state["counts"] = full(owners, 50, value=0)
+    state |= {"max_len": ints(20, 20, 20, 12, 20, 20, 20, 20), "stop_ids": full(owners, 2, value=9)}
+    state["ended"][5] = 1
+    got = run(backend.advance_, state, samples=3)
+    none = NO_TOKEN
+    assert got["ring"][3, : 3 * count].tolist() == sum(
+        [[1, 2, 3], [1, none, none], [1, 9, none], [1, 2, none], [1, -1, none], [none] * 3, [1, none, none]], []
+    )
+    assert got["last"].tolist() == [3, 1, 9, 2, -1, POISON, 1, POISON]
+    assert got["length"].tolist() == [12, 10, 11, 11, 11, POISON, 10, POISON]
+    assert got["ended"].tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+    assert got["counts"].sum(1).tolist() == [3, 1, 2, 2, 1, 0, 1, 0]
+
+
+@both
+def test_the_ring_may_be_columns_of_a_larger_one(backend):
+    state, ring = step_state(5, 9, 12, 2), full(4, 12)
+    want = run(backend.advance_, state, samples=1)["ring"][:, :5]
+    backend.advance_(**state | {"ring": ring[:, 3:]}, samples=1)
+    assert torch.equal(ring[:, 3:8], want) and (ring[:, :3] == POISON).all() and (ring[:, 8:] == POISON).all()
 
 
 @both
@@ -112,7 +189,7 @@ def test_what_ends_a_request(backend):
     state["stop_ids"][:, 1] = 9
     state |= {"chosen": ints(8, 9, 9, 9, -1, 8, 8), "positions": ints(5, 5, 5, 6, 5, 19, 18)}
     state |= {"min_len": ints(0, 0, 6, 6, 0, 0, 0, 0), "max_len": full(rows + 1, value=20)}
-    got = run(backend.advance_, state)
+    got = run(backend.advance_, state, samples=1)
     assert got["ended"].tolist() == [0, 1, 0, 1, 1, 1, 0, 0]
     assert got["last"].tolist() == [8, 9, 9, 9, -1, 8, 8, POISON]
     assert got["length"].tolist() == [5, 5, 5, 6, 5, 19, 18, POISON]
@@ -122,7 +199,7 @@ def test_what_ends_a_request(backend):
 def test_rows_of_nobody_and_of_the_ended_change_nothing_but_the_ring(backend):
     state = step_state(4, 4, 20, 3) | {"rows": ints(1, 3, 3, 0), "chosen": ints(4, 5, -1, 6), "step": ints(2)}
     state |= {"ended": ints(1, 0, POISON, 0), "counting": ints(1, 1, 1, 1), "max_len": ints(0, 100, 0, 0)}
-    got = run(backend.advance_, state)
+    got = run(backend.advance_, state, samples=1)
     assert got["ring"][2].tolist() == [4, NO_TOKEN, NO_TOKEN, NO_TOKEN, POISON, POISON]
     assert (got["ring"][[0, 1, 3]] == POISON).all()
     assert got["last"].tolist() == [POISON, 4, POISON, POISON] and got["ended"][[0, 2, 3]].tolist() == [1, POISON, 0]
@@ -132,13 +209,14 @@ def test_rows_of_nobody_and_of_the_ended_change_nothing_but_the_ring(backend):
 @pytest.mark.gpu
 def test_the_ring_may_be_pinned_memory():
     state = step_state(40, 60, 100, 4)
-    want = run(reference.advance_, state)["ring"].cpu()
-    ring = state.pop("ring").cpu().pin_memory()
-    run(kernels.advance_, state, ring=ring)
+    want = run(reference.advance_, state, samples=1)["ring"].cpu()
+    pinned = full(4, 50).cpu().pin_memory()
+    ring = pinned[:, 3 : 3 + state.pop("ring").shape[1]]
+    run(kernels.advance_, state, ring=ring, samples=1)
     torch.cuda.synchronize()
     assert torch.equal(ring, want)
     with pytest.raises(ValueError, match="ring: on cpu"):
-        kernels.advance_(**state, ring=full(4, 50).cpu())
+        kernels.advance_(**state, ring=full(4, 50).cpu(), samples=1)
 
 
 def adjustments(count, owners, vocab, stops=3):
@@ -238,7 +316,8 @@ def test_wrong_arguments_are_named():
     logits, args = torch.zeros(2, 40, device=DEVICE), adjustments(2, 3, 40)
     decode_inputs_ = functools.partial(kernels.decode_inputs_, depth=4)
     cases = [(kernels.adjust_, {"logits": logits} | args), (decode_inputs_, decode_state(4, 5))]
-    cases += [(kernels.advance_, step_state(4, 5, 20, 2))]
+    advance_ = functools.partial(kernels.advance_, samples=1)
+    cases += [(advance_, step_state(4, 5, 20, 2))]
     for op, tensors in cases:
         for name, x in tensors.items():
             with pytest.raises(ValueError, match=f"{name}: torch.float16"):
@@ -254,10 +333,13 @@ def test_wrong_arguments_are_named():
         kernels.decode_inputs_(**decode_state(4, 5), depth=0)
     with pytest.raises(ValueError, match="ring: shape"):
         state = step_state(4, 5, 20, 2)
-        kernels.advance_(**state | {"ring": full(4, 3)})
+        advance_(**state | {"ring": full(4, 3)})
+    for samples in (0, 3):
+        with pytest.raises(ValueError, match=f"samples: {samples} of 4 rows"):
+            kernels.advance_(**step_state(4, 5, 20, 2), samples=samples)
 
 
 def test_no_row_is_no_work():
     kernels.adjust_(torch.zeros(0, 40, device=DEVICE), **adjustments(0, 3, 40))
     state = step_state(0, 3, 40, 2)
-    assert_equal(run(kernels.advance_, state), state)
+    assert_equal(run(kernels.advance_, state, samples=1), state)

@@ -33,7 +33,7 @@ class Saying(Running):
 
         def committing(requests, tokens):
             script = [*llm.tokenizer.encode("<s>" + self.text)[1:], *[stop] * 200]
-            commit(requests, [script[request.output_len] for request in requests])
+            commit(requests, [[script[request.output_len]] for request in requests])
 
         scheduler.commit = committing
 

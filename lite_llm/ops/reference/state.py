@@ -47,6 +47,7 @@ def advance_(
     rows: Tensor,
     positions: Tensor,
     chosen: Tensor,
+    computed: Tensor,
     last: Tensor,
     length: Tensor,
     ended: Tensor,
@@ -57,23 +58,34 @@ def advance_(
     counts: Tensor,
     ring: Tensor,
     step: Tensor,
+    samples: int,
 ) -> None:
     """Append the N tokens `chosen` (-1: the logits were unusable) at `positions` to the requests `rows`; all int32.
 
-    They become `last`, their positions `length`; both [R], as are `ended`, `min_len`, `max_len`, `counting` (bool or
-    int32). A request ends at an unusable token, at one of `stop_ids[R, S]` (-1: unused) from position `min_len` on, and
-    when it has `max_len` tokens. `counts[R, V]` gains one at the token where the row is `counting`. For the CPU,
-    `ring[K, >= N]` gets the tokens at `[step, :N]`, with 0 <= step < K; it may be pinned memory. A row that had ended
-    before, and the last one of the tables, stays as it is, with NO_TOKEN in the ring.
-    """
-    at = rows.long()
-    lives = (ended[at] == 0) & (rows < len(last) - 1)
-    stops = (stop_ids[at] == chosen[:, None]).any(1) & (positions >= min_len[at])
-    ends = (chosen < 0) | stops | (positions + 1 >= max_len[at])
-    counted = lives & (counting[at] != 0) & (chosen >= 0)
+    Each `samples` neighbours are of one request, in the order of their positions, with pads behind them. The first one
+    counts; another counts if the one before it does, has not ended the request, and is the token that was `computed` in
+    its place: `computed[N]` are the tokens that the logits are of, and not read where `samples` is 1.
 
-    ring[int(step), : len(rows)] = torch.where(lives, chosen, NO_TOKEN).to(ring.device)
-    last[at] = torch.where(lives, chosen, last[at])
-    length[at] = torch.where(lives, positions, length[at])
-    ended[at] = torch.where(lives, ends.int(), ended[at])
-    counts[at, chosen.clamp(min=0).long()] += counted.int()
+    Those that count become `last`, their positions `length`; both [R], as are `ended`, `min_len`, `max_len`, `counting`
+    (bool or int32). A request ends at an unusable token, at one of `stop_ids[R, S]` (-1: unused) from position
+    `min_len` on, and when it has `max_len` tokens. `counts[R, V]` gains one at the token where the row is `counting`.
+    For the CPU, `ring[K, >= N]` gets the tokens at `[step, :N]`, with 0 <= step < K; it may be pinned memory, and some
+    columns of it. Tokens that do not count, those of rows that had ended before and of the last one of the tables
+    change nothing, and are NO_TOKEN in the ring.
+    """
+    going = ended[rows[::samples].long()] == 0
+    for i in range(samples):
+        at, p, token = rows[i::samples].long(), positions[i::samples], chosen[i::samples]
+        if i:
+            going = going & (computed[i::samples] == chosen[i - 1 :: samples])
+        lives = going & (at < len(last) - 1)
+        stops = (stop_ids[at] == token[:, None]).any(1) & (p >= min_len[at])
+        ends = (token < 0) | stops | (p + 1 >= max_len[at])
+        counted = lives & (counting[at] != 0) & (token >= 0)
+
+        ring[int(step), i : len(rows) : samples] = torch.where(lives, token, NO_TOKEN).to(ring.device)
+        last[at] = torch.where(lives, token, last[at])
+        length[at] = torch.where(lives, p, length[at])
+        ended[at] = torch.where(lives, ends.int(), ended[at])
+        counts[at, token.clamp(min=0).long()] += counted.int()
+        going = lives & ~ends
