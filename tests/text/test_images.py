@@ -312,7 +312,7 @@ def test_a_file_without_permission(tmp_path, monkeypatch):
     (encoded(photo(), "PPM"), ""), (encoded(photo(), "ICO"), "unknown"), (encoded(photo(), "TGA"), ""),
     (encoded(photo(), "JPEG2000"), "unknown"), (encoded(photo(), "PCX"), "unknown"), (encoded(photo(), "EPS"), ""),
     (encoded(photo(), "PDF"), "PDF"), (encoded(photo(), "DDS"), "unknown"), (encoded(photo(), "SGI"), "unknown"),
-])  # fmt: skip
+], ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes")  # fmt: skip
 def test_other_data_is_named(tmp_path, data, said):
     (tmp_path / "photo.png").write_bytes(data)
     message = refused(tmp_path / "photo.png")
