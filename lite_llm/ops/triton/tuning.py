@@ -134,7 +134,7 @@ def choose_decode(device: torch.device, head_dim: int, itemsize: int, requests: 
 @functools.cache
 def table(device: torch.device) -> Table:
     """The matmuls of the table of this device's GPU model, else of the default one."""
-    return by_shape(row for row in _rows(device) if isinstance(row, Row))
+    return by_shape(_rows(device))
 
 
 @functools.cache
@@ -155,9 +155,10 @@ def file_name(device: torch.device) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-def by_shape(rows: Iterable[Row]) -> Table:
+def by_shape(rows: Iterable[AnyRow]) -> Table:
+    """The matmuls among these rows."""
     found: Table = {}
-    for row in sorted(rows, key=lambda row: row[:4]):
+    for row in sorted((row for row in rows if isinstance(row, Row)), key=lambda row: row[:4]):
         found.setdefault(row.op, {}).setdefault((row.in_features, row.out_features), []).append(row)
     return found
 
