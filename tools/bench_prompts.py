@@ -40,6 +40,7 @@ from tools.environment import environment
 WHAT = "attention", "first", "shapes"
 STEP_TOKENS = 8192  # of a step: no prompt here is read in pieces
 ANSWERED = 64  # tokens behind a cached prompt, for the time of a step
+WARM = 10  # answers before the first that is timed: Python too is slower the first times, by a third of its part
 GATED = 300, 77, 1024  # tokens of the prompts that are compared with the reference
 CHECKED, OFF = 48, 0.01  # rows of a result that are computed in fp32; how far they may be off, relatively
 VLLM_FIRST_MS = {
@@ -178,6 +179,8 @@ def firsts(shape: str, rounds: int, roof: float) -> dict:
         right = told(llm, logprobs=2 * peers.GATE_TOP_K)
     with LLM(**options, context=max(lengths) + 8) as llm:
         gate = peers.gate(told(llm), right, sampled=False)
+        for i in range(WARM):
+            llm.generate([random_prompt(llm, lengths[0], seed=i)], peers.wish(False, 1))
         rows = []
         for length in lengths:
             times = []
