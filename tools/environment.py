@@ -22,6 +22,7 @@ def environment() -> dict:
         "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "commit": _run("git", "rev-parse", "HEAD"),
+        "changed": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),  # since that commit
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": platform.machine(),

@@ -62,7 +62,10 @@ def test_a_ratio_stands_once_beside_the_opponent(width):
 
 def test_ratios_without_the_opponents_rows_name_them():
     text = told(record(row(against=[compared(), compared("vllm", differs=False)])), 200)
-    assert f"{SHOWN_SEEN} (7.76-7.78) against transformers" in text and "no difference against vllm" in text
+    assert f"{SHOWN_SEEN} (7.76-7.78) against transformers" in text and "not told apart against vllm" in text
+    near = {"median": 1.02, "low": 1.01, "high": 1.03}
+    text = told(record(row(against=[compared(), compared("vllm", differs=False, ratio=near)])), 200)
+    assert "(1.01-1.03) no difference against vllm" in text
 
 
 def test_a_variant_is_compared_in_words():

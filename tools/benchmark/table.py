@@ -38,7 +38,10 @@ TITLES = {
 VERDICT_STYLE = {"equal": "green", "noise": "yellow", "bug": "bold red"}
 HARMLESS = {"gpu_idle", "applications_clocks_setting", "display_clock_setting"}
 """Throttle reasons that hold no measurement back."""
-ALIKE = f"no difference: the interval holds 1, or the ratio is within {SAME:.0%} of 1, as of one program run twice"
+ALIKE = (
+    f"no difference: the ratio is within {SAME:.0%} of 1, as of one program run twice; not told apart: it is further "
+    "away, and the interval holds 1"
+)
 UNLIMITED = {
     "online": "no % of a limit: when requests come decides how long they take",
     "startup": "no % of a limit: starting a process is neither copies nor matmuls",
@@ -235,9 +238,13 @@ def _ratios(record: Record, rows: list[Row]) -> tuple[dict[str, list[str]], str]
     subjects = {pair.row.side for pair in pairs}
     beside = len(subjects) == 1 and rows[0].mode != "ablation" and all(pair.other for pair in pairs)
     for pair in pairs:
-        words = _ratio(pair) + ["no difference"] * (pair.differs is False)
+        words = _ratio(pair) + ([] if pair.differs is not False else [_alike(pair)])
         found[pair.other.key if beside else pair.row.key] += words if beside else [*words, f"against {pair.side}"]
     return found, f"{subjects.pop()} is\nas fast" if beside else "as fast"
+
+
+def _alike(pair: Comparison) -> str:
+    return "no difference" if abs(pair.ratio["median"] - 1) <= SAME else "not told apart"
 
 
 def _ratio(pair: Comparison) -> list[str]:
