@@ -29,7 +29,7 @@ class DeviceState:
         """`depth` is how many steps may be under way before the CPU reads the tokens of the first, `widest` the most
         tokens of one."""
         rows = max_requests + 1
-        self.device, self.vocab, self.pad_row, self._max_len = device, vocab, max_requests, max_len
+        self.device, self.vocab, self.pad_row = device, vocab, max_requests
         ints = dict(dtype=torch.int32, device=device)
         # All that joins and new slots write is one vector, so that a step's edits are one transfer and one launch.
         sizes = {"seeds": 2 * rows} | dict.fromkeys(_INTS + _FLOATS, rows)
@@ -113,7 +113,7 @@ class DeviceState:
 
     def _slots(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         first, end = request.written, len(request.slots)
-        start = self._at["table"] + request.row * self._max_len
+        start = self._at["table"] + request.row * self.table.shape[1]
         return np.arange(start + first, start + end), np.array(request.slots[first:], dtype=np.int32)
 
     def _count(self, request: Request) -> None:

@@ -296,7 +296,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ('"top_p": [p.top_p for', '"top_p": [p.min_p for', engine),
         ("np.arange(start + first, start + end)", "np.arange(start, start + end - first)", engine),
         ("request.written = len(request.slots)", "request.written = len(request.slots) + 1", engine),
-        (" + request.row * self._max_len", "", engine),
+        (" + request.row * self.table.shape[1]", "", engine),
         ("if request.written == 0]", "if request.written == 0 and not request.preemptions]", engine),
         ("self.ended[self.pad_row] = 1", "pass", engine),
         ("if going_on.any():", "if True:", constraints),
