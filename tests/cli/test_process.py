@@ -186,9 +186,10 @@ def test_a_closed_pipe_is_quiet():
 ], ids=" ".join)  # fmt: skip
 def test_a_missing_package_is_one_line(command, tmp_path):
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     found = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True,
-        text=True, timeout=60, stdin=subprocess.DEVNULL,
+        [sys.executable, *command], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=60, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     said = [line for line in found.stderr.splitlines() if not line.startswith("port ")]
     assert (found.returncode, said) == (3, ["error: No module named 'numpy': pip install -r requirements.txt"])

@@ -300,8 +300,9 @@ class Rig:
         for request in self.scheduler.running:
             assert len(request.slots) >= request.cached
         free = [PAD_SLOT] + [s for s in range(1, self.scheduler.slots.total) if self.scheduler.slots.is_free(s)]
-        self.kv.k[:, free] = self.kv.v[:, free] = NAN
-        self.engine.state.table[self.scheduler.free_rows] = 1 << 30
+        with self.engine._on_stream():  # elsewhere it could come behind what the next step writes there
+            self.kv.k[:, free] = self.kv.v[:, free] = NAN
+            self.engine.state.table[self.scheduler.free_rows] = 1 << 30
 
     def abort(self, request: Request, reason: str = "abort") -> None:
         self.engine.abort(request, reason)

@@ -117,7 +117,7 @@ def test_threads_get_their_own_pictures_and_no_more_children_than_they_are(share
 
 def test_a_child_is_small_and_its_memory_has_a_limit(fresh):
     pid = child_of(fresh).pid
-    assert "torch" not in Path(f"/proc/{pid}/maps").read_text()
+    assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
     limits = Path(f"/proc/{pid}/limits").read_text()
     assert (
         f"Max address space         {2 << 30}" in limits
