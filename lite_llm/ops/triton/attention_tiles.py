@@ -54,8 +54,10 @@ def flash_default(head_dim: int, itemsize: int, windowed: bool, capability: int)
     wide = triton.next_power_of_2(head_dim)
     if itemsize == 4:  # exact fp32 products run on the plain cores
         return Flash(16, 16, 8 if wide == 128 else 4, 2 if wide == 256 else 1)
-    if wide <= 64:
-        return Flash(128, 64, 8, 3 if wide == 64 else 2)
+    if wide == 64:
+        return Flash(128, 32 if capability == 100 else 64, 8, 3)
+    if wide < 64:
+        return Flash(128, 64, 8, 2)
     if wide == 128 and capability in (90, 100):
         return Flash(128, 64, 8, 3)
     if wide == 128:
