@@ -3,6 +3,7 @@
 import gc
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -163,6 +164,7 @@ class LLM:
         """Answer one prompt (an Output) or a list of them (a list, in order), all batched together.
 
         A prompt is text, taken as it is with the tokenizer's BOS, or token ids. `params` is one for all or one each.
+        Those of a list that may say most begin first.
         """
         if isinstance(prompts, Encoded):
             return self._answer([prompts], [each(params, 1)[0]])[0]
@@ -194,24 +196,27 @@ class LLM:
         return self._answer(messages, each(params, len(messages)))
 
     def _answer(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Output]:
-        names: list[str] = []
+        """All are waited for, so those that may say most go first: at the end no few long answers are left, for whom
+        each step reads all weights."""
+        names: dict[int, str] = {}
+        most = [math.inf if wish.max_tokens is None else wish.max_tokens for wish in params]
         try:
-            for prompt, wish in zip(prompts, params, strict=True):
-                names.append(self.add_request(prompt, wish))
+            for index in sorted(range(len(prompts)), key=lambda i: -most[i]):
+                names[index] = self.add_request(prompts[index], params[index])
                 if self.engine.scheduler.fills_a_step:
                     self.step()  # while the others are read
-            for name in names:
+            for name in names.values():
                 while not self.finished(name):
                     self.step()
-            return [self.result(name) for name in names]
+            return [self.result(names[index]) for index in range(len(prompts))]
         except UsageError:  # of a prompt, when those before it may have begun
-            for name in names:
+            for name in names.values():
                 self.abort(name)
             while len(self._streams) == len(names) and not self.engine.idle:
                 self.step()
             raise
         finally:
-            for name in names:
+            for name in names.values():
                 self.forget(name)
 
     # ---- as it comes

@@ -4,11 +4,11 @@
 
 "mixed": 256 requests, inputs of 64 to 512 tokens, outputs of 32 to 256, as vLLM's figures were taken. "chat": requests
 whose lengths are spread as those of conversations are (inputs of 215 tokens in the mean, outputs of 197), once with
-continuous batching and once in batches that wait for their longest answer. The limit is the sum over the steps of a
-round that is not timed, each at the memory's or the matmuls' rate of this run, class by class. "idle" is the share of
-time in which no step runs while requests join and leave. 256 requests at a time, random weights, no prefix cached; a
-shape counts only if its tokens are those of an engine without CUDA graphs, up to rounding. Exit code 1 where they are
-not.
+continuous batching, as `generate` orders them, and once in batches, in the order of the draw, that wait for their
+longest answer. The limit is the sum over the steps of a round that is not timed, each at the memory's or the matmuls'
+rate of this run, class by class. "idle" is the share of time in which no step runs while requests join and leave. 256
+requests at a time, random weights, no prefix cached; a shape counts only if its tokens are those of an engine without
+CUDA graphs, up to rounding. Exit code 1 where they are not.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from tools import bench_peers as peers
 from tools.benchmark.work import Lengths
 from tools.environment import environment
 
-TOGETHER, STEP_TOKENS = 256, 4096
+TOGETHER = 256
 LONGEST = 2048  # tokens of a prompt, and of an answer, where lengths are drawn without a bound
 MIXED = 256, Lengths.parse("64-512"), Lengths.parse("32-256")
 CHAT = "lognormal:143:0.9", "lognormal:131:0.9"
@@ -130,7 +130,7 @@ def measured(shape: str, options: dict, requests: int, rounds: int, roof: Ceilin
     longest = min(LONGEST, facts["max_position_embeddings"] // 2)
     vocab, spread = facts["vocab_size"], [Lengths.parse(text, longest) for text in CHAT]
     mixed, chat = Load.draw(vocab, *MIXED), Load.draw(vocab, requests, *spread)
-    options |= {"max_requests": TOGETHER, "step_tokens": STEP_TOKENS}
+    options["max_requests"] = TOGETHER
     with LLM(**options, context=peers.GATE_LENGTH, cuda_graphs=False) as llm:
         right = peers.gate_answers(llm, (8, False), logprobs=True)
     with LLM(**options, context=max(mixed.context, chat.context, peers.GATE_LENGTH)) as llm:

@@ -46,7 +46,7 @@ DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BETWEEN = tuple(n // 4 * quarters for n in TOKENS[4:-1] for quarters in (5, 6, 7))
 """Further numbers of tokens, of steps that nobody decodes in: their first token waits for every pad."""
-BESIDE = (16, 64, 128)
+BESIDE = (16, 64, 128, 192)
 """Decodes that prompts are computed beside."""
 LEAST, LARGE = 64, 512
 """Tokens of the smallest step with prompts and decodes, for fewer take as long, and of one whose matmuls take longer

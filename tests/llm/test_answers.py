@@ -52,6 +52,16 @@ def test_the_first_step_does_not_wait_for_the_last_prompt(llm, monkeypatch):
         assert output.token_ids == llm.generate(prompt, params(max_tokens=3, ignore_eos=True)).token_ids
 
 
+def test_who_may_say_most_begins_first_and_answers_keep_the_order_of_prompts(llm, monkeypatch):
+    order, read = [], llm.read
+    monkeypatch.setattr(llm, "read", lambda prompt, *rest: order.append(prompt[0]) or read(prompt, *rest))
+    prompts, most = [[i] * 3 for i in range(10, 16)], [2, 9, 5, None, 9, 4]
+    outputs = llm.generate(prompts, [params(max_tokens=n, ignore_eos=n is not None, stop_token_ids=()) for n in most])
+    assert order == [13, 11, 14, 12, 15, 10]
+    assert [output.prompt_ids for output in outputs] == [tuple(prompt) for prompt in prompts]
+    assert [len(output.token_ids) for output, n in zip(outputs, most, strict=True) if n] == [2, 9, 5, 9, 4]
+
+
 def test_a_prompt_that_is_refused_late_leaves_nothing_under_way(checkpoint, monkeypatch):
     monkeypatch.setattr(build, "Engine", functools.partial(_late, build.Engine))
     monkeypatch.setattr(Flight, "is_here", property(lambda flight: False))
