@@ -339,7 +339,8 @@ def test_tokens_join_while_the_loop_is_busy_and_half_of_its_time_is_for_others(d
 
     with opened(kind=RemoteLLM) as llm:
         rounds = asyncio.run(use(llm))
-    assert sum(tokens for *_, tokens in rounds) == 300 and len(rounds) < 30
+    assert sum(tokens for *_, tokens in rounds) == 300
+    assert len(rounds) < 100  # a tenth of a second each, in which the slowest machine makes some tokens
     assert all(after - ended > 0.045 for (_, ended, _), (after, *_) in pairwise(rounds))
 
 
