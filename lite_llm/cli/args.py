@@ -134,7 +134,7 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--drafts", metavar="N", type=_number(int), default=EngineConfig.drafts,
         help="guess up to N tokens from what prompt and answer already said, and check them in one step: faster where "
-        "text repeats itself, the same answers; default: %(default)s",
+        "text repeats itself; answers stay, up to rounding; default: %(default)s",
     )  # fmt: skip
     group.add_argument("--no-prefix-cache", action="store_true", help="compute every turn from its first token")
     group.add_argument("--no-cuda-graphs", action="store_true", help="launch kernels one by one: slower, starts sooner")

@@ -339,8 +339,9 @@ def test_tokens_join_while_the_loop_is_busy_and_half_of_its_time_is_for_others(d
 
     with opened(kind=RemoteLLM) as llm:
         rounds = asyncio.run(use(llm))
+    seconds = rounds[-1][1] - rounds[0][0]
     assert sum(tokens for *_, tokens in rounds) == 300
-    assert len(rounds) < 100  # a tenth of a second each, in which the slowest machine makes some tokens
+    assert len(rounds) < max(30, 12 * seconds)  # a round takes a tenth of a second, and an engine may take more than 3
     assert all(after - ended > 0.045 for (_, ended, _), (after, *_) in pairwise(rounds))
 
 
