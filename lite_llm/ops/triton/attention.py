@@ -15,6 +15,7 @@ from lite_llm.ops.triton.aot import SHARED, AotCase
 from lite_llm.ops.triton.attention_tiles import Flash, flash_default
 from lite_llm.ops.triton.decode import LOG2E, decode
 from lite_llm.ops.triton.hopper import attend_hopper, readable
+from lite_llm.ops.triton.launch import aside
 from lite_llm.ops.triton.layout import FLOATS, check
 from lite_llm.ops.triton.partial import LOWEST
 
@@ -34,12 +35,15 @@ def attend(
 ) -> Tensor:
     _check(q, k_pool, v_pool, table, rows, q_start, kv_len, decodes, scale, window, causal)
     out = torch.empty_like(q)
+    # Decodes wait for memory, prompts for the tensor cores and for each other: they run beside each other.
+    with aside(q.device, needed=0 < decodes < len(q)) as join:
+        if len(q) > decodes:
+            kernel = tuning.choose_attend(q.device, q.shape[2], q.element_size(), window is not None).kernel
+            prompts = attend_hopper if kernel == "hopper" and readable(q, k_pool, v_pool) else attend_flash
+            prompts(q, k_pool, v_pool, out, table, rows, q_start, kv_len, decodes, scale, window, causal)
     if decodes:
         decode(q, k_pool, v_pool, out, table, rows, kv_len, decodes, scale, window)
-    if len(q) > decodes:
-        kernel = tuning.choose_attend(q.device, q.shape[2], q.element_size(), window is not None).kernel
-        prompts = attend_hopper if kernel == "hopper" and readable(q, k_pool, v_pool) else attend_flash
-        prompts(q, k_pool, v_pool, out, table, rows, q_start, kv_len, decodes, scale, window, causal)
+    join()
     return out
 
 

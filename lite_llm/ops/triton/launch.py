@@ -6,7 +6,9 @@ writes are visible. Every kernel of ours that is launched so calls `wait` outsid
 anything else: so whatever a kernel can see when it goes on is finished, all the way back, and buffers may be reused.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -41,6 +43,26 @@ def tickets(n: int, device: torch.device) -> Tensor:
 @functools.cache
 def _tickets(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(TICKETS, dtype=torch.int32, device=device)
+
+
+@contextlib.contextmanager
+def aside(device: torch.device, needed: bool = True) -> Iterator[Callable[[], None]]:
+    """What is launched within may run at the same time as what is launched behind it, until the function that this
+    gives is called: what comes then waits for both. Where it is not `needed`, and on a CPU, all is as without it.
+    """
+    if not needed or device.type != "cuda":
+        yield lambda: None
+        return
+    here = torch.cuda.current_stream(device)
+    there = _aside(device, here.cuda_stream)
+    there.wait_stream(here)
+    with torch.cuda.stream(there):
+        yield lambda: here.wait_stream(there)
+
+
+@functools.cache
+def _aside(device: torch.device, stream: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def share(ahead: Tensor | None, most: int, programs: int, warps: int) -> tuple[Tensor | None, int, int]:
