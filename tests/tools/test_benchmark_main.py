@@ -31,6 +31,14 @@ def broken() -> dict:
     return {}
 
 
+def tilted() -> dict:
+    """A variant whose norms are 2 % too long: too little to change a greedy token."""
+    right = ops.reference.rms_norm
+    for name in ("", ".norm", ".linear"):
+        sys.modules[f"{ops.reference.__name__}{name}"].rms_norm = lambda *args: right(*args) * 1.02
+    return {}
+
+
 def test_a_run_and_the_same_again(tmp_path, capsys):
     first, again, table = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "a.csv"
     assert program.main([*SMALL, "--json", str(first), "--csv", str(table)]) == 0
@@ -46,18 +54,22 @@ def test_a_run_and_the_same_again(tmp_path, capsys):
     assert [row.work for row in load(again).rows] == [row.work for row in record.rows]
 
 
-def test_a_broken_kernel_gets_no_speedup(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("bug, why", [("broken", "nats below"), ("tilted", "nats from transformers'")])
+def test_a_broken_kernel_gets_no_speedup(tmp_path, monkeypatch, capsys, bug, why):
     fresh = Bench.fresh
 
     def with_a_bug(self, label, prefix_cache=False, variant=None):
-        return fresh(self, label, prefix_cache, f"{__name__}:broken" if label == OURS else variant)
+        return fresh(self, label, prefix_cache, f"{__name__}:{bug}" if label == OURS else variant)
 
     monkeypatch.setattr(Bench, "fresh", with_a_bug)
     out = tmp_path / "a.json"
     assert program.main([*SMALL, "--json", str(out)]) == 1
     record = load(out)
-    assert "nats below" in record.gates[0]["wrong"] and not list(record.comparisons(record.rows[0]))
-    assert "nats below" in capsys.readouterr().out
+    assert why in record.gates[0]["wrong"] and not list(record.comparisons(record.rows[0]))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "no speed-up is shown" in told and why in told and "is as fast" not in told and "x (" not in told
+    if bug == "tilted":
+        assert record.gates[1]["wrong"] is None, "its tokens are right: they alone would show the speed-up"
 
 
 def test_the_script_itself_refuses_what_it_does_not_know():

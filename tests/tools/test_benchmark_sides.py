@@ -79,12 +79,16 @@ def test_both_give_equal_tokens_and_nobody_ends_early(us, them):
     assert set(tokens(one)[-1]) & us.special  # it would have ended
     assert us.vocab == them.vocab == 2048 and 0 < us.info["import_s"] < us.ready_s < 60 and them.special <= us.special
     assert us.info["options"]["step_tokens"] == 48, "the variant was not called"
-    gaps = them.score([(ask.ids, answer) for ask, answer in zip(work.asks, tokens(one), strict=True)])
+    gaps, right = them.score([(ask.ids, answer) for ask, answer in zip(work.asks, tokens(one), strict=True)])
     assert [len(row) for row in gaps] == [ask.new for ask in work.asks] and max(map(max, gaps)) < 1e-3
     long = max(range(len(work.asks)), key=lambda i: work.asks[i].new)
+    told = us.run(dataclasses.replace(work, logprobs=True))
+    assert tokens(told) == tokens(one) and not any(answer.logprobs for answer in one.answers)
+    for answer, row in zip(told.answers, right, strict=True):
+        assert answer.logprobs == pytest.approx(row, abs=1e-3) and max(row) <= 0
     wrong = list(tokens(one)[long])
     wrong[2] = (wrong[2] + 1) % 2048
-    (row,) = them.score([(work.asks[long].ids, wrong)])
+    (row,), _ = them.score([(work.asks[long].ids, wrong)])
     assert row[2] > 0.5 and max(row[:2]) < 1e-3
 
 
@@ -167,7 +171,7 @@ def test_random_weights_are_the_same_on_both_sides(seed):
     run = checked(one, work)
     assert tokens(run) == tokens(checked(other, work))
     asks = [{"prompt": ask.ids, "answer": answer} for ask, answer in zip(work.asks, tokens(run), strict=True)]
-    assert max(map(max, other.score(asks))) < 1e-3
+    assert max(map(max, other.score(asks)["gaps"])) < 1e-3
     one.close()
 
 
@@ -204,11 +208,17 @@ RIGHT = Run(1.0, (Answer((3, 4), 0.5, (0.6, 0.7), 0.7),), 0, None, {})
     ({"times": (0.4, 0.7)}, "backwards"),
     ({"ended": 1.5}, "backwards"),
     ({"sent": 0.2}, "before 0.25 s"),
+    ({"logprobs": (-1.0, -2.0)}, "2 log-probabilities; 0 were asked for"),
 ])  # fmt: skip
 def test_a_fault_is_found(changes, message):
     run = dataclasses.replace(RIGHT, answers=(dataclasses.replace(RIGHT.answers[0], **changes),))
     found = fault(Work("w", (Ask((1,), 2, 0.25),)), run, 10)
     assert found is None if message is None else message in found
+    told = dataclasses.replace(run, answers=(dataclasses.replace(run.answers[0], logprobs=(-1.0, float("nan"))),))
+    work = Work("w", (Ask((1,), 2, 0.25),), logprobs=True)
+    if message is None:
+        assert "0 log-probabilities; 2 were asked for" in fault(work, run, 10)
+        assert "a log-probability that is no number" in fault(work, told, 10)
     assert "1 answers to 2" in fault(Work("w", (Ask((1,), 2),) * 2), run, 10)
 
 

@@ -48,12 +48,14 @@ def opened(bench: Bench, labels: Sequence[str]) -> dict:
 def latency(bench: Bench, jobs: Sequence[Job], labels: Sequence[str]) -> None:
     sides = opened(bench, labels)
     for job in jobs:
+        bench.gate_first(sides, job.works(0), job.work)
         _add(bench, "latency", job, bench.runs(sides, job.works), _batch_figures)
 
 
 def throughput(bench: Bench, jobs: Sequence[Job], labels: Sequence[str]) -> None:
     sides = opened(bench, labels)
     for job in jobs:
+        bench.gate_first(sides, job.works(0), job.work)
         _add(bench, "throughput", job, bench.runs(sides, job.works), _many_figures)
 
 
@@ -62,6 +64,7 @@ def online(bench: Bench, jobs: Sequence[Job], labels: Sequence[str], ttft: float
     sides = opened(bench, labels)
     figures = functools.partial(_online_figures, ttft=ttft, tpot=tpot)
     for job in jobs:
+        bench.gate_first(sides, job.works(0), job.work)
         runs = bench.runs(sides, job.works)
         # What a faster side saves here is waiting: how long a run lasts is up to the arrivals.
         waits = {
@@ -91,6 +94,8 @@ def startup(bench: Bench, job: Job, labels: Sequence[str]) -> None:
             if turn:
                 found[label].append((side.info["import_s"], side.ready_s, first))
                 answered.setdefault(label, []).append(run)
+    with bench.fresh(OURS) as side:  # not before: a judge that waits beside them would be part of what is timed
+        bench.gate_first({OURS: side}, job.works(0), job.work)
     bench.judge({label: answered[label] for label in found}, job.works(1), job.work)
     for label, marks in found.items():
         names = ("import_s", "ready_s", "first_token_s")
@@ -114,7 +119,9 @@ def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
         base, job = rungs[rung.against], {"mixed": mixed, "prefixed": prefixed}.get(rung.work, plain)
         how = {rung.name: in_windows(bench.limits.max_requests)} if rung.windows else {}
         with bench.fresh(OURS, variant=base.variant) as first, bench.fresh(OURS, variant=rung.variant) as second:
-            runs = bench.runs({base.name: first, rung.name: second}, job.works, how)
+            both = {base.name: first, rung.name: second}
+            bench.gate_first(both, job.works(0), job.work)
+            runs = bench.runs(both, job.works, how)
         bench.judge(runs, job.works(1), job.work)
         for name, mine in runs.items():
             about = job.work | {"variant": name}
@@ -145,7 +152,7 @@ def accuracy(bench: Bench, job: Job, labels: Sequence[str], directory: str | Non
         if label == JUDGE:
             continue
         mine = side.run(work)
-        gaps = judge.score([(ask.ids, answer.tokens) for ask, answer in zip(work.asks, mine.answers, strict=True)])
+        gaps, _ = judge.score([(ask.ids, answer.tokens) for ask, answer in zip(work.asks, mine.answers, strict=True)])
         worst, ours = max(map(max, gaps)), label == OURS
         same = [a == b for x, y in zip(mine.answers, right.answers) for a, b in zip(x.tokens, y.tokens, strict=True)]
         bad = worst > near(bench.facts.dtype) or ours and not layers["ok"]

@@ -81,7 +81,7 @@ class Served(ABC):
             raise
         return Run(seconds, answers, self.compiles() - before, None, {})
 
-    def score(self, asks: list[dict]) -> list[list[float]]:
+    def score(self, asks: list[dict]) -> dict[str, list[list[float]]]:
         raise NotImplementedError("a server does not score; transformers does")
 
     def close(self) -> None:

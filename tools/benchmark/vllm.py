@@ -101,7 +101,7 @@ class VLLM:
             temperature=work.temperature, top_k=work.top_k or -1, top_p=work.top_p, seed=work.seed + index,
         )  # fmt: skip
 
-    def score(self, asks: list[dict]) -> list[list[float]]:
+    def score(self, asks: list[dict]) -> dict[str, list[list[float]]]:
         raise NotImplementedError("vllm does not score; transformers does")
 
     def close(self) -> None:
