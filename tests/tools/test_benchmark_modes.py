@@ -9,13 +9,14 @@ from lite_llm.engine.roofline import Ceilings, floor, step_costs
 from tools.benchmark import bench as benches
 from tools.benchmark import modes
 from tools.benchmark.bench import AGAIN, JUDGE, OURS, Bench, Facts, takes
-from tools.benchmark.limits import prompt_limit, step_limit, work_limit
+from tools.benchmark.limits import alone_limits, prompt_limit, step_limit, work_limit
 from tools.benchmark.modes import Job
 from tools.benchmark.record import Record
 from tools.benchmark.sides import Limits, SideFailed
 from tools.benchmark.work import Answer, Ask, Run, Work, batch
 
 ROOF = Ceilings(copy=1e10, matmul=1e11)
+OF_A_REQUEST = {"ttft_ms": 0.020, "tpot_ms": 0.010, "e2e_ms": 0.060}  # seconds, of five tokens of our side
 
 
 class FakeSide:
@@ -198,6 +199,15 @@ def test_a_side_that_cannot_run_is_left_out_and_said(made):
     assert [r.side for r in record.rows] == [OURS] and any("left out vllm" in line for line in said)
 
 
+def test_compilations_that_nobody_counts_are_not_known(made, monkeypatch):
+    bench, record, sides, _ = made()
+    run = sides[JUDGE].run
+    monkeypatch.setattr(sides[JUDGE], "run", lambda *a, **k: dataclasses.replace(run(*a, **k), compiles=None))
+    modes.latency(bench, [job()], [OURS, JUDGE])
+    assert [row(record, side).compiles for side in (OURS, JUDGE)] == [0, None]
+    assert list(record.comparisons(row(record, OURS)))
+
+
 def test_a_side_without_times_shows_no_ratio(made):
     bench, record, _, _ = made(ours=FakeSide(OURS, 0.010, times=False))
     modes.latency(bench, [job()], [OURS, JUDGE])
@@ -218,6 +228,12 @@ def test_throughput_and_online(made):
     assert online[OURS].figures["goodput_per_second"]["median"] == pytest.approx(3 / 0.26)
     assert online[JUDGE].figures["goodput_per_second"]["median"] == 0  # its first token takes 40 ms
     assert online[OURS].limit is None
+    cfg = bench.facts.cfg
+    for name, limit in zip(("ttft_ms", "tpot_ms", "e2e_ms"), alone_limits(cfg, 4, 4, 5, ROOF), strict=True):
+        share = record.limit(online[OURS], name)
+        assert share == {"name": limit.name, "of_limit": pytest.approx(limit.seconds / OF_A_REQUEST[name])}
+        assert record.limit(online[JUDGE], name)["of_limit"] == pytest.approx(share["of_limit"] / 2), "a slower side"
+    assert record.limit(online[OURS], "goodput_per_second") is None
     modes.online(bench, [job()], [OURS, JUDGE], ttft=0.03, tpot=0.05)  # all at once; who is in time is no rate of work
     assert record.rows[-2].limit is None
 
@@ -230,6 +246,9 @@ def test_startup_counts_from_the_process(made):
     assert figures["first_token_s"]["median"] == pytest.approx(2.02)
     assert len(sides[OURS].ran) == 5  # the first fills the caches and does not count, the last is a gate's
     assert row(record, OURS).runs == 3 and [gate["side"] for gate in record.gates] == [OURS, OURS]
+    first, _, _ = alone_limits(bench.facts.cfg, 4, 4, 1, ROOF)
+    assert record.limit(row(record, OURS), "first_token_s")["of_limit"] == pytest.approx(first.seconds / 2.02)
+    assert record.limit(row(record, OURS), "ready_s") is None and row(record, OURS).compiles is None
     (pair,) = record.comparisons(row(record, OURS))
     assert pair.ratio["median"] == pytest.approx(2.04 / 2.02)
 
@@ -318,6 +337,14 @@ def test_limits_by_hand():
     step = step_limit(cfg, 4, 2, 10, ROOF)
     assert step.seconds == floor(step_costs(cfg, 4, 2, 10), ROOF) and step.name == "memory"
     assert step_limit(cfg, 4, 2, 10, Ceilings(1e15, 1e9)).name == "matmul"
+
+
+def test_the_limits_of_a_request_alone():
+    cfg = Facts.find(None, None, 0, "float32", "cpu").cfg
+    first, step, whole = alone_limits(cfg, 4, 6, 5, ROOF)
+    assert step == step_limit(cfg, 4, 1, 9, ROOF) and whole.seconds == pytest.approx(first.seconds + 4 * step.seconds)
+    assert first == step_limit(cfg, 4, 1, 0, ROOF), "of six tokens reading the weights takes longer than their matmuls"
+    assert alone_limits(cfg, 4, 600, 5, ROOF)[0] == prompt_limit(cfg, 600, ROOF)
 
 
 def test_the_limit_of_a_work():

@@ -180,6 +180,7 @@ def test_online_against_vllm_asks_two_servers(vllm, tmp_path, capsys):
     assert [one.side for one in record.comparisons(record.rows[0])] == ["vllm"]
     assert [(gate["wrong"], gate["worst_gap_nats"] < 1e-3) for gate in record.gates] == [(None, True)] * 3
     assert record.gates[0]["side"] == "lite_llm" and record.gates[0]["worst_logprob_nats"] < 1e-3
+    assert [row.compiles for row in record.rows] == [0, None]
     for row in record.rows:
         assert row.refused is None and row.note.startswith("asked over HTTP") and row.runs == 2
         assert row.work["over_http"] == ["lite_llm", "vllm"]

@@ -76,7 +76,7 @@ class Run:
 
     seconds: float  # from the start to the last token
     answers: tuple[Answer, ...]  # in the order of work.asks
-    compiles: int  # kernels compiled or graphs traced inside the run
+    compiles: int | None  # kernels compiled or graphs traced inside the run; None: this side cannot tell
     peak_bytes: int | None  # of the device
     notes: dict  # JSON values under string keys
 
