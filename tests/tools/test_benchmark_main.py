@@ -15,6 +15,7 @@ from lite_llm import ops
 from lite_llm.errors import EnvironmentProblem, UsageError
 from tests.tools.test_benchmark_record import row
 from tools.benchmark import arguments
+from tools.benchmark import bench as benches
 from tools.benchmark import main as program
 from tools.benchmark.bench import OURS, Bench, Facts
 from tools.benchmark.record import load
@@ -206,6 +207,24 @@ def test_without_the_requirements_one_line_says_what_to_do(script):
     done = subprocess.run([sys.executable, "-S", ROOT / script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 3 and done.stdout == ""
     assert done.stderr == "error: No module named 'numpy': pip install -r requirements.txt\n"
+
+
+def test_what_is_not_installed_is_said_first_and_no_server_is_asked_for_it(monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(benches, "available", lambda device: {"vllm": "it is not installed"})
+    online = lambda bench, jobs, sides, *_: seen.update(vars(bench), on=sides, of=jobs)  # noqa: E731
+    monkeypatch.setattr(program.modes, "online", online)
+    assert program.main(["online", "--quick", "--device", "cpu", "--against", "vllm", "transformers"]) == 0
+    assert capsys.readouterr().err.startswith("left out vllm: it is not installed\n")
+    assert seen["on"] == [OURS, "transformers"] and not seen["http"] and "over_http" not in seen["of"][0].work
+
+
+@pytest.mark.parametrize("quick", [[], ["--quick"]])
+def test_the_demo_online_waits_for_less_than_half_a_minute(quick):
+    args = arguments.parse(["online", *quick])
+    program._defaults(args, small=True)
+    (job,) = program._jobs(args, Facts.find(None, None, 0, "float32", "cpu"))
+    assert sum(2 * job.works(turn).asks[-1].at for turn in range(args.rounds + 1)) < 30
 
 
 def test_a_rerun_keeps_the_work_and_names_its_own_files(tmp_path):

@@ -64,6 +64,12 @@ class Facts:
         return getattr(torch, self.dtype).itemsize
 
 
+def absent(labels: Iterable[str], device: str) -> dict[str, str]:
+    """Those that cannot run here, as is known without starting them, and why."""
+    why = available(device)
+    return {label: why[label] for label in labels if why.get(label)}
+
+
 class Bench:
     """Sides are opened once and stay: they take turns at every work, A B A B, on a machine that does nothing else."""
 
