@@ -6,12 +6,15 @@ import random
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lite_llm.cli.flight import FRAME, SHARE
 from lite_llm.errors import LiteLLMError, UsageError
 from lite_llm.llm import DEMO, LLM
+from lite_llm.outputs import InFlight, SlotMap
 from tools.benchmark import ours, sides, theirs, worker
 from tools.benchmark.sides import Arrivals, Limits, Model, Opening, Process, Side, SideFailed, fault
 from tools.benchmark.work import Answer, Ask, Run, Work
@@ -180,6 +183,31 @@ def test_many_requests_are_forgotten_and_none_is_lost():
     run = checked(side, Work("many", tuple(Ask((5 + i % 7, 9, 11), 1 + i % 3) for i in range(150))))
     assert not side.llm.in_flight().requests and run.notes["slots_peak"] > 32 and run.notes["cached_tokens"] > 100
     side.close()
+
+
+def test_requests_in_flight_are_told_seldom_and_telling_takes_no_time(monkeypatch):
+    """Steps of a millisecond; whoever is told takes 20 of them."""
+    now, told = [0.0], []
+    monkeypatch.setattr(ours.time, "perf_counter", lambda: now[0])
+    moment = InFlight((), 0, 0, 0, 0, 1, 0, SlotMap(1, (0,), (0,)))
+    llm = SimpleNamespace(in_flight=lambda: moment)
+
+    def tells(takes):
+        def tell(progress):
+            told.append(progress)
+            now[0] += takes
+
+        start, frames = now[0], ours._Frames(tell)
+        told.clear()
+        for _ in range(20_000):
+            frames.update(llm)
+            now[0] += 0.001
+        return len(told), now[0] - start
+
+    count, seconds = tells(0.0)
+    assert count <= seconds / FRAME + 1
+    count, seconds = tells(0.020)
+    assert count > 5 and count * 0.020 <= SHARE * seconds + 0.020
 
 
 def test_prompts_come_in_order_and_not_before_their_time():
