@@ -15,6 +15,7 @@ from lite_llm import ops
 from lite_llm.errors import EnvironmentProblem, UsageError
 from tests.tools.test_benchmark_record import row
 from tools.benchmark import arguments
+from tools.benchmark import bench as benches
 from tools.benchmark import main as program
 from tools.benchmark.bench import OURS, Bench, Facts
 from tools.benchmark.record import load
@@ -28,6 +29,14 @@ def broken() -> dict:
     """A variant for the worker: attention that looks the wrong way."""
     right = ops.attend
     ops.attend = lambda q, *args, **kwargs: right(-q, *args, **kwargs)
+    return {}
+
+
+def tilted() -> dict:
+    """A variant whose norms are 2 % too long: too little to change a greedy token."""
+    right = ops.reference.rms_norm
+    for name in ("", ".norm", ".linear"):
+        sys.modules[f"{ops.reference.__name__}{name}"].rms_norm = lambda *args: right(*args) * 1.02
     return {}
 
 
@@ -46,18 +55,22 @@ def test_a_run_and_the_same_again(tmp_path, capsys):
     assert [row.work for row in load(again).rows] == [row.work for row in record.rows]
 
 
-def test_a_broken_kernel_gets_no_speedup(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("bug, why", [("broken", "nats below"), ("tilted", "nats from transformers'")])
+def test_a_broken_kernel_gets_no_speedup(tmp_path, monkeypatch, capsys, bug, why):
     fresh = Bench.fresh
 
     def with_a_bug(self, label, prefix_cache=False, variant=None):
-        return fresh(self, label, prefix_cache, f"{__name__}:broken" if label == OURS else variant)
+        return fresh(self, label, prefix_cache, f"{__name__}:{bug}" if label == OURS else variant)
 
     monkeypatch.setattr(Bench, "fresh", with_a_bug)
     out = tmp_path / "a.json"
     assert program.main([*SMALL, "--json", str(out)]) == 1
     record = load(out)
-    assert "nats below" in record.gates[0]["wrong"] and not list(record.comparisons(record.rows[0]))
-    assert "nats below" in capsys.readouterr().out
+    assert why in record.gates[0]["wrong"] and not list(record.comparisons(record.rows[0]))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "no speed-up is shown" in told and why in told and "is as fast" not in told and "x (" not in told
+    if bug == "tilted":
+        assert record.gates[1]["wrong"] is None, "its tokens are right: they alone would show the speed-up"
 
 
 def test_the_script_itself_refuses_what_it_does_not_know():
@@ -194,6 +207,24 @@ def test_without_the_requirements_one_line_says_what_to_do(script):
     done = subprocess.run([sys.executable, "-S", ROOT / script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 3 and done.stdout == ""
     assert done.stderr == "error: No module named 'numpy': pip install -r requirements.txt\n"
+
+
+def test_what_is_not_installed_is_said_first_and_no_server_is_asked_for_it(monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(benches, "available", lambda device: {"vllm": "it is not installed"})
+    online = lambda bench, jobs, sides, *_: seen.update(vars(bench), on=sides, of=jobs)  # noqa: E731
+    monkeypatch.setattr(program.modes, "online", online)
+    assert program.main(["online", "--quick", "--device", "cpu", "--against", "vllm", "transformers"]) == 0
+    assert capsys.readouterr().err.startswith("left out vllm: it is not installed\n")
+    assert seen["on"] == [OURS, "transformers"] and not seen["http"] and "over_http" not in seen["of"][0].work
+
+
+@pytest.mark.parametrize("quick", [[], ["--quick"]])
+def test_the_demo_online_waits_for_less_than_half_a_minute(quick):
+    args = arguments.parse(["online", *quick])
+    program._defaults(args, small=True)
+    (job,) = program._jobs(args, Facts.find(None, None, 0, "float32", "cpu"))
+    assert sum(2 * job.works(turn).asks[-1].at for turn in range(args.rounds + 1)) < 30
 
 
 def test_a_rerun_keeps_the_work_and_names_its_own_files(tmp_path):

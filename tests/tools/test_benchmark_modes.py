@@ -9,20 +9,21 @@ from lite_llm.engine.roofline import Ceilings, floor, step_costs
 from tools.benchmark import bench as benches
 from tools.benchmark import modes
 from tools.benchmark.bench import AGAIN, JUDGE, OURS, Bench, Facts, takes
-from tools.benchmark.limits import prompt_limit, step_limit, work_limit
+from tools.benchmark.limits import alone_limits, prompt_limit, step_limit, work_limit
 from tools.benchmark.modes import Job
 from tools.benchmark.record import Record
 from tools.benchmark.sides import Limits, SideFailed
 from tools.benchmark.work import Answer, Ask, Run, Work, batch
 
 ROOF = Ceilings(copy=1e10, matmul=1e11)
+OF_A_REQUEST = {"ttft_ms": 0.020, "tpot_ms": 0.010, "e2e_ms": 0.060}  # seconds, of five tokens of our side
 
 
 class FakeSide:
     """Every token takes `step` seconds, the first one twice as long; tokens are 1, 1, 1 ..."""
 
-    def __init__(self, label, step, gap=0.0, times=True):
-        self.label, self.step, self.gap, self.times = label, step, gap, times
+    def __init__(self, label, step, gap=0.0, times=True, logprob=-1.0):
+        self.name, self.step, self.gap, self.times, self.logprob = label.split(",")[0], step, gap, times, logprob
         self.special, self.ready_s, self.info = frozenset(), 2.0, {"import_s": 1.0}
         self.ran = []
 
@@ -40,11 +41,15 @@ class FakeSide:
         answers = []
         for ask in work.asks:
             times = tuple(ask.at + self.step * (2 + i) for i in range(ask.new))
-            answers.append(Answer((1,) * ask.new, ask.at, times if self.times else (), times[-1]))
+            logprobs = (self.logprob,) * (ask.new * work.logprobs)
+            answers.append(Answer((1,) * ask.new, ask.at, times if self.times else (), times[-1], logprobs))
         return Run(max(a.ended for a in answers), tuple(answers), 0, None, {})
 
-    def score(self, pairs):
+    def gaps(self, pairs):
         return [[self.gap] * len(answer) for _, answer in pairs]
+
+    def score(self, pairs):
+        return self.gaps(pairs), [[self.logprob] * len(answer) for _, answer in pairs]
 
 
 @pytest.fixture
@@ -102,20 +107,49 @@ def test_a_wrong_token_refuses_every_speedup(made):
     assert "0.3 nats" in record.refusal(ours) and not list(record.comparisons(ours))
 
 
+@pytest.mark.parametrize("mode", ["latency", "throughput", "online", "startup", "ablation"])
+@pytest.mark.parametrize("off, wrong", [(0.0008, False), (0.0012, True)])
+def test_a_log_probability_that_is_off_refuses_every_speedup(made, mode, off, wrong):
+    """Tokens are the best ones here, and what is timed asks for no log-probabilities."""
+    bench, record, sides, _ = made(ours=FakeSide(OURS, 0.010, logprob=-1.0 - off))
+    {
+        "latency": lambda: modes.latency(bench, [job()], [OURS, JUDGE]),
+        "throughput": lambda: modes.throughput(bench, [job()], [OURS, JUDGE]),
+        "online": lambda: modes.online(bench, [job()], [OURS, JUDGE], None, None),
+        "startup": lambda: modes.startup(bench, job(1, 4, 2), [OURS, JUDGE]),
+        "ablation": lambda: ablated(bench),
+    }[mode]()
+    ours = [one for one in record.rows if one.side == OURS]
+    assert ours and all((record.refusal(one) is not None) == wrong for one in ours)
+    assert any(list(record.comparisons(one)) for one in ours) == (not wrong)
+    gates = [gate for gate in record.gates if gate["name"].startswith("log-probabilities")]
+    assert gates and all(gate["worst_logprob_nats"] == pytest.approx(off) for gate in gates)
+    assert not wrong or "0.0012 nats from transformers'" in record.refusal(ours[0])
+    timed = [work for kind, work in sides[OURS].ran if kind == "warm"]
+    assert mode == "startup" or timed and not any(work.logprobs for work in timed)
+
+
+def test_a_gate_has_the_first_tokens_of_the_whole_batch(made):
+    bench, _, sides, _ = made()
+    modes.online(bench, [Job(lambda turn: Work("w", tuple(Ask((turn,) * i, 50, i) for i in (1, 7))), {})], [OURS], 1, 1)
+    (first,) = [work for kind, work in sides[OURS].ran if work.logprobs]
+    assert [(len(ask.ids), ask.new, ask.at) for ask in first.asks] == [(1, 12, 0.0), (7, 12, 0.0)]
+
+
 def test_what_was_timed_is_what_is_judged(made):
     """Short answers are right here, and long ones are not."""
     bench, record, sides, _ = made()
-    sides[JUDGE].score = lambda pairs: [[0.5 if len(ids) + len(answer) > 30 else 0.0] for ids, answer in pairs]
-    modes.latency(bench, [job(), job(3, 20, 12)], [OURS, JUDGE])
-    assert [gate["wrong"] is None for gate in record.gates] == [True, False]
-    assert record.refusal(row(record, OURS, prompt=20)).startswith("greedy tokens, b3 in20 out12: a token is 0.5 nats")
+    sides[JUDGE].gaps = lambda pairs: [[0.5 if len(ids) + len(answer) > 32 else 0.0] for ids, answer in pairs]
+    modes.latency(bench, [job(), job(3, 20, 15)], [OURS, JUDGE])
+    assert [gate["wrong"] is None for gate in record.gates] == [True, True, True, False]
+    assert record.refusal(row(record, OURS, prompt=20)).startswith("greedy tokens, b3 in20 out15: a token is 0.5 nats")
     short = row(record, OURS, prompt=8)
     assert record.refusal(short) is None and list(record.comparisons(short)), "another work's answers are no reason"
 
 
 def test_each_work_is_refused_for_its_own_answers(made):
     bench, record, sides, _ = made()
-    sides[JUDGE].score = lambda pairs: [[len(ids) / 10] for ids, _ in pairs]
+    sides[JUDGE].gaps = lambda pairs: [[len(ids) / 10] for ids, _ in pairs]
     modes.latency(bench, [job(), job(3, 20, 12)], [OURS, JUDGE])
     why = {size: record.refusal(row(record, OURS, prompt=size)) for size in (8, 20)}
     assert "b2 in8 out5: a token is 0.8 nats" in why[8] and "b3 in20 out12: a token is 2 nats" in why[20]
@@ -165,6 +199,15 @@ def test_a_side_that_cannot_run_is_left_out_and_said(made):
     assert [r.side for r in record.rows] == [OURS] and any("left out vllm" in line for line in said)
 
 
+def test_compilations_that_nobody_counts_are_not_known(made, monkeypatch):
+    bench, record, sides, _ = made()
+    run = sides[JUDGE].run
+    monkeypatch.setattr(sides[JUDGE], "run", lambda *a, **k: dataclasses.replace(run(*a, **k), compiles=None))
+    modes.latency(bench, [job()], [OURS, JUDGE])
+    assert [row(record, side).compiles for side in (OURS, JUDGE)] == [0, None]
+    assert list(record.comparisons(row(record, OURS)))
+
+
 def test_a_side_without_times_shows_no_ratio(made):
     bench, record, _, _ = made(ours=FakeSide(OURS, 0.010, times=False))
     modes.latency(bench, [job()], [OURS, JUDGE])
@@ -185,6 +228,12 @@ def test_throughput_and_online(made):
     assert online[OURS].figures["goodput_per_second"]["median"] == pytest.approx(3 / 0.26)
     assert online[JUDGE].figures["goodput_per_second"]["median"] == 0  # its first token takes 40 ms
     assert online[OURS].limit is None
+    cfg = bench.facts.cfg
+    for name, limit in zip(("ttft_ms", "tpot_ms", "e2e_ms"), alone_limits(cfg, 4, 4, 5, ROOF), strict=True):
+        share = record.limit(online[OURS], name)
+        assert share == {"name": limit.name, "of_limit": pytest.approx(limit.seconds / OF_A_REQUEST[name])}
+        assert record.limit(online[JUDGE], name)["of_limit"] == pytest.approx(share["of_limit"] / 2), "a slower side"
+    assert record.limit(online[OURS], "goodput_per_second") is None
     modes.online(bench, [job()], [OURS, JUDGE], ttft=0.03, tpot=0.05)  # all at once; who is in time is no rate of work
     assert record.rows[-2].limit is None
 
@@ -195,8 +244,11 @@ def test_startup_counts_from_the_process(made):
     figures = row(record, OURS).figures
     assert figures["import_s"]["median"] == 1.0 and figures["ready_s"]["median"] == 2.0
     assert figures["first_token_s"]["median"] == pytest.approx(2.02)
-    assert len(sides[OURS].ran) == 4  # the first fills the caches and does not count
-    assert row(record, OURS).runs == 3 and [gate["side"] for gate in record.gates] == [OURS]
+    assert len(sides[OURS].ran) == 5  # the first fills the caches and does not count, the last is a gate's
+    assert row(record, OURS).runs == 3 and [gate["side"] for gate in record.gates] == [OURS, OURS]
+    first, _, _ = alone_limits(bench.facts.cfg, 4, 4, 1, ROOF)
+    assert record.limit(row(record, OURS), "first_token_s")["of_limit"] == pytest.approx(first.seconds / 2.02)
+    assert record.limit(row(record, OURS), "ready_s") is None and row(record, OURS).compiles is None
     (pair,) = record.comparisons(row(record, OURS))
     assert pair.ratio["median"] == pytest.approx(2.04 / 2.02)
 
@@ -257,8 +309,8 @@ def test_a_wrong_token_refuses_an_ablation(made):
 def test_what_a_variant_is_compared_with_is_judged_too(made, monkeypatch):
     """Its own tokens are wrong in the first of two works here, and nobody's else are."""
     bench, record, _, _ = made(max_requests=2)
-    wrong, score = iter([0.3, 0.0, 0.0, 0.0]), bench.open(JUDGE).score
-    monkeypatch.setattr(bench.sides[JUDGE], "score", lambda pairs: [[next(wrong)], *score(pairs)])
+    wrong, gaps = iter([0.0, 0.0, 0.3, 0.0, 0.0, 0.0, 0.0, 0.0]), bench.open(JUDGE).gaps
+    monkeypatch.setattr(bench.sides[JUDGE], "gaps", lambda pairs: [[next(wrong)], *gaps(pairs)])
     ablated(bench)
     (refused,) = [row for row in record.rows if record.refusal(row)]
     assert (refused.work["name"], refused.work["variant"]) == ("mixed", "as it is")
@@ -285,6 +337,14 @@ def test_limits_by_hand():
     step = step_limit(cfg, 4, 2, 10, ROOF)
     assert step.seconds == floor(step_costs(cfg, 4, 2, 10), ROOF) and step.name == "memory"
     assert step_limit(cfg, 4, 2, 10, Ceilings(1e15, 1e9)).name == "matmul"
+
+
+def test_the_limits_of_a_request_alone():
+    cfg = Facts.find(None, None, 0, "float32", "cpu").cfg
+    first, step, whole = alone_limits(cfg, 4, 6, 5, ROOF)
+    assert step == step_limit(cfg, 4, 1, 9, ROOF) and whole.seconds == pytest.approx(first.seconds + 4 * step.seconds)
+    assert first == step_limit(cfg, 4, 1, 0, ROOF), "of six tokens reading the weights takes longer than their matmuls"
+    assert alone_limits(cfg, 4, 600, 5, ROOF)[0] == prompt_limit(cfg, 600, ROOF)
 
 
 def test_the_limit_of_a_work():

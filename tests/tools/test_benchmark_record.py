@@ -76,7 +76,7 @@ def test_the_document_has_the_keys_of_its_schema(tmp_path):
     path = tmp_path / "run.json"
     Record.begin({"argv": []}, {"name": "demo"}, {"copy_tb_s": 1, "matmul_tflops": 2}, path)
     found = json.loads(path.read_text())
-    assert found["schema_version"] == 1 and found["rows"] == [] and found["gates"] == []
+    assert found["schema_version"] == 2 and found["rows"] == [] and found["gates"] == []
     assert found["environment"].keys() >= {"date", "command", "commit", "python", "torch", "driver", "throttle_reasons"}
 
 
@@ -263,7 +263,7 @@ def test_percentiles_and_verdicts_are_checked(figure):
     ("change", "said"),
     [
         (lambda d: [d], "no schema_version"), (lambda d: {"rows": []}, "no schema_version"),
-        (lambda d: d | {"schema_version": 2}, "schema_version = 2; this version reads 1"),
+        (lambda d: d | {"schema_version": 3}, "schema_version = 3; this version reads 1 and 2"),
         (lambda d: {k: v for k, v in d.items() if k != "limits"}, "limits: missing"),
         (lambda d: d | {"limits": {"copy_tb_s": 1}}, "limits.matmul_tflops"),
         (lambda d: d | {"model": {}}, 'model = {}; expected an object with a "name"'),
@@ -277,6 +277,16 @@ def test_what_is_no_document_is_told(change, said, tmp_path):
     path.write_text(json.dumps(change(record(row()).to_json())))
     with pytest.raises(UsageError, match=said):
         load(path)
+
+
+def test_a_document_of_the_first_version_is_read_and_an_unknown_count_comes_back(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(record(row()).to_json() | {"schema_version": 1}))
+    assert load(path).rows[0].compiles == 0
+    wrote = record(row(), row(side="vllm", compiles=None), path=path)
+    wrote.write()
+    (ours, theirs) = load(path).rows
+    assert (ours.compiles, theirs.compiles, theirs.refused) == (0, None, None) and list(wrote.comparisons(ours))
 
 
 def test_what_cannot_be_read_is_told(tmp_path):

@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ def test_a_server_says_the_tokens_of_the_engine(asked):
     found = asked.run(work)
     with Side("lite_llm", limits=LIMITS) as engine:
         assert tokens(found) == tokens(engine.run(work)) and asked.special == engine.special
+        told, right = ([a.logprobs for a in side.run(replace(work, logprobs=True)).answers] for side in (asked, engine))
+        assert all(a == pytest.approx(b, abs=1e-4) for a, b in zip(told, right, strict=True)) and all(told)
         hot = mixed(4, temperature=2.0, top_k=50, top_p=0.9, seed=7)
         assert tokens(asked.run(hot)) == tokens(engine.run(hot)) != tokens(asked.run(mixed(4)))
     assert all(len(answer.times) == len(answer.tokens) for answer in found.answers) and found.compiles == 0
@@ -175,7 +178,9 @@ def test_online_against_vllm_asks_two_servers(vllm, tmp_path, capsys):
     record = load(out)
     assert [row.side for row in record.rows] == ["lite_llm", "vllm"]
     assert [one.side for one in record.comparisons(record.rows[0])] == ["vllm"]
-    assert [(gate["wrong"], gate["worst_gap_nats"] < 1e-3) for gate in record.gates] == [(None, True)] * 2
+    assert [(gate["wrong"], gate["worst_gap_nats"] < 1e-3) for gate in record.gates] == [(None, True)] * 3
+    assert record.gates[0]["side"] == "lite_llm" and record.gates[0]["worst_logprob_nats"] < 1e-3
+    assert [row.compiles for row in record.rows] == [0, None]
     for row in record.rows:
         assert row.refused is None and row.note.startswith("asked over HTTP") and row.runs == 2
         assert row.work["over_http"] == ["lite_llm", "vllm"]

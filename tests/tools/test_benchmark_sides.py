@@ -6,12 +6,15 @@ import random
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lite_llm.cli.flight import FRAME, SHARE
 from lite_llm.errors import LiteLLMError, UsageError
 from lite_llm.llm import DEMO, LLM
+from lite_llm.outputs import InFlight, SlotMap
 from tools.benchmark import ours, sides, theirs, worker
 from tools.benchmark.sides import Arrivals, Limits, Model, Opening, Process, Side, SideFailed, fault
 from tools.benchmark.work import Answer, Ask, Run, Work
@@ -79,12 +82,16 @@ def test_both_give_equal_tokens_and_nobody_ends_early(us, them):
     assert set(tokens(one)[-1]) & us.special  # it would have ended
     assert us.vocab == them.vocab == 2048 and 0 < us.info["import_s"] < us.ready_s < 60 and them.special <= us.special
     assert us.info["options"]["step_tokens"] == 48, "the variant was not called"
-    gaps = them.score([(ask.ids, answer) for ask, answer in zip(work.asks, tokens(one), strict=True)])
+    gaps, right = them.score([(ask.ids, answer) for ask, answer in zip(work.asks, tokens(one), strict=True)])
     assert [len(row) for row in gaps] == [ask.new for ask in work.asks] and max(map(max, gaps)) < 1e-3
     long = max(range(len(work.asks)), key=lambda i: work.asks[i].new)
+    told = us.run(dataclasses.replace(work, logprobs=True))
+    assert tokens(told) == tokens(one) and not any(answer.logprobs for answer in one.answers)
+    for answer, row in zip(told.answers, right, strict=True):
+        assert answer.logprobs == pytest.approx(row, abs=1e-3) and max(row) <= 0
     wrong = list(tokens(one)[long])
     wrong[2] = (wrong[2] + 1) % 2048
-    (row,) = them.score([(work.asks[long].ids, wrong)])
+    (row,), _ = them.score([(work.asks[long].ids, wrong)])
     assert row[2] > 0.5 and max(row[:2]) < 1e-3
 
 
@@ -167,7 +174,7 @@ def test_random_weights_are_the_same_on_both_sides(seed):
     run = checked(one, work)
     assert tokens(run) == tokens(checked(other, work))
     asks = [{"prompt": ask.ids, "answer": answer} for ask, answer in zip(work.asks, tokens(run), strict=True)]
-    assert max(map(max, other.score(asks))) < 1e-3
+    assert max(map(max, other.score(asks)["gaps"])) < 1e-3
     one.close()
 
 
@@ -176,6 +183,31 @@ def test_many_requests_are_forgotten_and_none_is_lost():
     run = checked(side, Work("many", tuple(Ask((5 + i % 7, 9, 11), 1 + i % 3) for i in range(150))))
     assert not side.llm.in_flight().requests and run.notes["slots_peak"] > 32 and run.notes["cached_tokens"] > 100
     side.close()
+
+
+def test_requests_in_flight_are_told_seldom_and_telling_takes_no_time(monkeypatch):
+    """Steps of a millisecond; whoever is told takes 20 of them."""
+    now, told = [0.0], []
+    monkeypatch.setattr(ours.time, "perf_counter", lambda: now[0])
+    moment = InFlight((), 0, 0, 0, 0, 1, 0, SlotMap(1, (0,), (0,)))
+    llm = SimpleNamespace(in_flight=lambda: moment)
+
+    def tells(takes):
+        def tell(progress):
+            told.append(progress)
+            now[0] += takes
+
+        start, frames = now[0], ours._Frames(tell)
+        told.clear()
+        for _ in range(20_000):
+            frames.update(llm)
+            now[0] += 0.001
+        return len(told), now[0] - start
+
+    count, seconds = tells(0.0)
+    assert count <= seconds / FRAME + 1
+    count, seconds = tells(0.020)
+    assert count > 5 and count * 0.020 <= SHARE * seconds + 0.020
 
 
 def test_prompts_come_in_order_and_not_before_their_time():
@@ -204,11 +236,17 @@ RIGHT = Run(1.0, (Answer((3, 4), 0.5, (0.6, 0.7), 0.7),), 0, None, {})
     ({"times": (0.4, 0.7)}, "backwards"),
     ({"ended": 1.5}, "backwards"),
     ({"sent": 0.2}, "before 0.25 s"),
+    ({"logprobs": (-1.0, -2.0)}, "2 log-probabilities; 0 were asked for"),
 ])  # fmt: skip
 def test_a_fault_is_found(changes, message):
     run = dataclasses.replace(RIGHT, answers=(dataclasses.replace(RIGHT.answers[0], **changes),))
     found = fault(Work("w", (Ask((1,), 2, 0.25),)), run, 10)
     assert found is None if message is None else message in found
+    told = dataclasses.replace(run, answers=(dataclasses.replace(run.answers[0], logprobs=(-1.0, float("nan"))),))
+    work = Work("w", (Ask((1,), 2, 0.25),), logprobs=True)
+    if message is None:
+        assert "0 log-probabilities; 2 were asked for" in fault(work, run, 10)
+        assert "a log-probability that is no number" in fault(work, told, 10)
     assert "1 answers to 2" in fault(Work("w", (Ask((1,), 2),) * 2), run, 10)
 
 

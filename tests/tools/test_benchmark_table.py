@@ -16,6 +16,7 @@ from tests.tools.test_benchmark_record import (
     every_mode,
     figures,
     near,
+    reached,
     record,
     row,
 )
@@ -111,10 +112,36 @@ def test_on_a_cpu_the_table_says_what_the_kernels_are_for():
 
 
 @pytest.mark.parametrize("mode", ["online", "startup", "throughput"])
-def test_a_table_without_shares_says_why(mode):
-    notes = "\n".join(table.notes(record(row(mode, limit=None)), mode))
-    assert ("no % of a limit" in notes) == (mode != "throughput")
-    assert "no % of a limit" not in "\n".join(table.notes(record(row(mode)), mode))
+def test_a_figure_without_a_limit_says_so_and_why(mode):
+    found = record(row(mode))
+    notes = list(table.notes(found, mode))
+    assert any(line.startswith("-: no limit: ") for line in notes) == (mode != "throughput")
+    for width in WIDTHS:
+        cells = told(found, width).replace("─", "").split()
+        assert cells.count("-") == len(FIGURES[mode]) - 1  # one has a limit
+    of = {"online": "to itself", "startup": "computes its prompt"}.get(mode, "this machine")
+    assert any(line.startswith("%: of what memory allows") and line.endswith(of) for line in notes)
+    made = {name: value | {"limit": reached()} for name, value in figures(mode).items()}
+    assert not any(line.startswith("-:") for line in table.notes(record(row(mode, figures=made)), mode))
+
+
+def test_a_share_of_percentiles_is_that_of_the_median(tmp_path):
+    made = figures("online")
+    made["e2e_ms"]["limit"] = {"name": "matmul", "of_limit": 0.0002}
+    found = record(row("online", figures=made))
+    shares = {line["figure"]: line["of_limit"] for line in in_csv(found, tmp_path / "run.csv") if line["of_limit"]}
+    assert shares == {"e2e_ms_p50": "0.0002", "goodput_per_second": str(SHARE)}
+    assert all("<0.1% matmul" in " ".join(told(found, width).split()) for width in WIDTHS)
+
+
+def test_a_count_that_nobody_knows_is_a_question_mark(tmp_path):
+    found = record(row(), row(side="vllm", compiles=None))
+    assert {(line["side"], line["compiles"]) for line in in_csv(found, tmp_path / "run.csv")} == {
+        ("lite_llm", "0"), ("vllm", "?"),
+    }  # fmt: skip
+    for width in WIDTHS:
+        assert "vllm: ? kernels compiled inside the timing" in " ".join(told(found, width).split())
+    assert "?" not in "\n".join([*table.notes(record(row()), "latency")])
 
 
 def test_a_variant_stands_with_its_ratio():

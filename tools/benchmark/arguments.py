@@ -71,8 +71,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     work.add_argument("--output", nargs="+", metavar="LENGTHS", help="of answers, forced on every side")
     work.add_argument("--requests", type=_count, metavar="N", help="throughput and online")
     work.add_argument(
-        "--arrivals", metavar="HOW", help="online: every:SECONDS, poisson:RATE, burst:SIZE:SECONDS, or a JSONL file"
-    )
+        "--arrivals", metavar="HOW",
+        help="online: every:SECONDS, poisson:RATE, burst:SIZE:SECONDS, or a JSONL file; default: poisson:4, demo 16",
+    )  # fmt: skip
     work.add_argument("--ttft", type=_seconds, metavar="S", help="online: a first token later than this is too late")
     work.add_argument("--tpot", type=_seconds, metavar="S", help="online: slower tokens, on average, are too late")
     work.add_argument("--max-requests", type=_count, metavar="N", help="that advance together, on every side")
@@ -92,8 +93,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if wrong := _ignored(found) or _confused(found):
         parser.error(wrong)
     found.against = found.against or ([] if found.mode == "ablation" else ["transformers"])
-    if found.mode == "online" and found.arrivals is None:
-        found.arrivals = "poisson:4"
     return found
 
 

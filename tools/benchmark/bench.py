@@ -18,7 +18,7 @@ from tools.benchmark import stats
 from tools.benchmark.limits import Limit
 from tools.benchmark.record import Record, spread
 from tools.benchmark.sides import SERVERS, Limits, Model, Side, SideFailed, available
-from tools.benchmark.work import Run, Work, batch
+from tools.benchmark.work import Run, Work, batch, beginning
 
 OURS, JUDGE = "lite_llm", "transformers"
 AGAIN = "lite_llm, again"  # an opponent that is ourselves: what differs then is noise, or the benchmark is wrong
@@ -30,6 +30,7 @@ View = Callable[[], contextlib.AbstractContextManager[Callable[[dict], None]]]
 Works = Callable[[int], Work]
 """The work of a round: the same shape each time, other ids."""
 NOTHING: Mapping = MappingProxyType({})
+_FIRST = 12  # tokens of an answer of a gate before the timing
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ class Facts:
     @property
     def itemsize(self) -> int:
         return getattr(torch, self.dtype).itemsize
+
+
+def absent(labels: Iterable[str], device: str) -> dict[str, str]:
+    """Those that cannot run here, as is known without starting them, and why."""
+    why = available(device)
+    return {label: why[label] for label in labels if why.get(label)}
 
 
 class Bench:
@@ -152,8 +159,20 @@ class Bench:
         for label, side in sides.items():
             if label != JUDGE:
                 prompt = max(min(24, (self.limits.context or 40) - 16), 1)
-                works = [batch(self.facts.vocab, n, prompt, 12, seed=n, banned=self.facts.banned) for n in batches]
+                works = [batch(self.facts.vocab, n, prompt, _FIRST, seed=n, banned=self.facts.banned) for n in batches]
+                works = [replace(work, logprobs=side.name == OURS) for work in works]
                 self._score({"name": "greedy tokens", "side": label}, [(work, side.run(work)) for work in works])
+
+    def gate_first(self, sides: dict[str, Side], work: Work, about: dict) -> None:
+        """Before a work is timed, the first tokens of our own answers to it and the log-probabilities that we report.
+
+        Greedy tokens survive what moves all logits a little; these do not. What is timed asks for none.
+        """
+        first = beginning(work, _FIRST)
+        for label, side in sides.items():
+            if side.name == OURS:
+                gate = {"name": f"log-probabilities, {work.name}", "side": label, "work": about}
+                self._score(gate, [(first, side.run(first))])
 
     def judge(self, runs: dict[str, list[Run]], work: Work, about: dict) -> None:
         """Answers that were timed, the first round's, scored: a gate for each label, a side or a variant of ours.
@@ -165,20 +184,31 @@ class Bench:
                 self._score({"name": f"greedy tokens, {work.name}", "side": label, "work": about}, [(work, mine[0])])
 
     def _score(self, gate: dict, answered: Sequence[tuple[Work, Run]]) -> None:
-        """Of each work the longest requests and some others, by how far a token is below transformers' best."""
+        """Of each work the longest requests and some others: how far a token is below transformers' best, and how far
+        its log-probability, if the work asks for it, is from transformers'."""
         self.say(f"{gate['name']}: are those of {gate['side']} right?")
+        worst, apart = 0.0, None
         try:
-            judge, worst = self.open(JUDGE), 0.0
+            judge = self.open(JUDGE)
             for work, run in answered:
-                pairs = [(ask.ids, answer.tokens) for ask, answer in zip(work.asks, run.answers, strict=True)]
-                longest = sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1]))
-                some = longest[:4] + longest[4 :: max((len(longest) - 4) // 4, 1)][:4]
-                worst = max(worst, *(max(row) for row in judge.score(some)))
+                pairs = list(zip(work.asks, run.answers, strict=True))
+                pairs.sort(key=lambda pair: -len(pair[0].ids) - pair[0].new)
+                some = pairs[:4] + pairs[4 :: max((len(pairs) - 4) // 4, 1)][:4]
+                gaps, right = judge.score([(ask.ids, answer.tokens) for ask, answer in some])
+                worst = max(worst, *map(max, gaps))
+                if work.logprobs:
+                    both = zip((answer.logprobs for _, answer in some), right, strict=True)
+                    apart = max(apart or 0.0, *(abs(a - b) for row in both for a, b in zip(*row, strict=True)))
         except SideFailed as error:
             self.record.add_gate(gate | {"wrong": f"nobody to judge: {error.message}"})
             return
-        wrong = f"a token is {worst:.3g} nats below transformers' best" if worst > near(self.facts.dtype) else None
-        self.record.add_gate(gate | {"wrong": wrong, "worst_gap_nats": worst})
+        wrong, most = None, near(self.facts.dtype)
+        if worst > most:
+            wrong = f"a token is {worst:.3g} nats below transformers' best"
+        elif apart is not None and apart > most:
+            wrong = f"a token's log-probability is {apart:.3g} nats from transformers'"
+        told = {} if apart is None else {"worst_logprob_nats": apart}
+        self.record.add_gate(gate | {"wrong": wrong, "worst_gap_nats": worst} | told)
 
 
 def figure(values: Sequence[float], scale: float = 1.0, limit: Limit | None = None) -> dict:
@@ -200,7 +230,7 @@ def compared(seconds: dict[str, Sequence[float]], others: Sequence[str], ours: s
 
 
 def near(dtype: str) -> float:
-    """How far below the best a greedy token may be, in nats: that much rounding moves logits."""
+    """How far below the best a greedy token may be, in nats, and how far off a log-probability: rounding moves them."""
     return 1e-3 if dtype == "float32" else 0.25
 
 

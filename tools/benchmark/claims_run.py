@@ -110,7 +110,7 @@ class Stage:
     def judge(self, label: str, work: Work, run: Run, asks: int = 4, tokens: int = 16) -> None:
         """A gate of the very tokens that were timed: the first of a few answers, scored by transformers."""
         pairs = list(zip(work.asks, run.answers, strict=True))[:asks]
-        gaps = self.bench.open(JUDGE).score([(ask.ids, answer.tokens[:tokens]) for ask, answer in pairs])
+        gaps, _ = self.bench.open(JUDGE).score([(ask.ids, answer.tokens[:tokens]) for ask, answer in pairs])
         worst, name = max(map(max, gaps)), f"tokens of {work.name}"
         wrong = f"a greedy token is {worst:.3g} nats below transformers' best"
         known = {"worst_gap_nats": worst, "wrong": wrong if worst > near(self.bench.facts.dtype) else None}

@@ -34,6 +34,18 @@ def prompt_limit(cfg: ModelConfig, tokens: int, roof: Ceilings) -> Limit:
     return Limit(_prompt_flops(cfg, tokens) / roof.matmul, "matmul")
 
 
+def alone_limits(cfg: ModelConfig, itemsize: int, prompt: int, new: int, roof: Ceilings) -> tuple[Limit, Limit, Limit]:
+    """A request that has the machine to itself: its first token, each of the others, and all of them.
+
+    Whatever else runs, none of its times can be shorter. A prompt reads the weights once, however short it is.
+    """
+    read, matmul = step_limit(cfg, itemsize, 1, 0, roof), prompt_limit(cfg, prompt, roof)
+    first = max(read, matmul, key=lambda limit: limit.seconds)
+    step = step_limit(cfg, itemsize, 1, prompt + (new + 1) // 2, roof)
+    rest = step.seconds * (new - 1)
+    return first, step, Limit(first.seconds + rest, (first if first.seconds > rest else step).name)
+
+
 def work_limit(cfg: ModelConfig, itemsize: int, work: Work, most: int, roof: Ceilings) -> Limit:
     """All prompts and all answers, at most `most` requests at a time."""
     prompts = sum(_prompt_flops(cfg, len(ask.ids)) for ask in work.asks) / roof.matmul

@@ -13,7 +13,7 @@ from lite_llm.config import EngineConfig
 from lite_llm.engine.roofline import Ceilings
 from lite_llm.errors import EnvironmentProblem, LiteLLMError, UsageError
 from tools.benchmark import arguments, baseline, modes, plot, table
-from tools.benchmark.bench import AGAIN, OURS, Bench, Facts, takes
+from tools.benchmark.bench import AGAIN, OURS, Bench, Facts, absent, takes
 from tools.benchmark.ladder import RUNGS
 from tools.benchmark.modes import Job
 from tools.benchmark.record import Record, load
@@ -62,6 +62,8 @@ def run(args: Namespace, argv: list[str]) -> int:
     if facts.cfg.vision:
         raise UsageError(f"{facts.name} reads pictures, and no work here has any", "tools/bench_pictures.py has them")
     _defaults(args, small=args.quick or not (args.model or args.shape))
+    missing = absent(args.against, device)
+    args.against = [side for side in args.against if side not in missing]  # servers are asked only if one is measured
     jobs = _jobs(args, facts)
     limits = _limits(args, facts, jobs)
     labels = [OURS] + [AGAIN if side == "self" else side for side in args.against if side != "none"]
@@ -71,6 +73,8 @@ def run(args: Namespace, argv: list[str]) -> int:
         planned = Record(resolved, model, {"copy_tb_s": None, "matmul_tflops": None}, environment())
         baseline.check(planned, before, [(args.mode, job.work, label) for job in jobs for label in labels])
     with Teller(total=_runs(args.mode, len(jobs) * len(labels), device) * (args.rounds + 1)) as say:
+        for side, why in missing.items():
+            say(f"left out {side}: {why}")
         say("what copies and matmuls reach here")
         roof = Ceilings.measure(torch.device(device), getattr(torch, facts.dtype))
         reached = {"copy_tb_s": roof.copy / 1e12, "matmul_tflops": roof.matmul / 1e12}
@@ -135,13 +139,15 @@ def _measure(args: Namespace, bench: Bench, jobs: list[Job], labels: list[str]) 
 
 
 def _defaults(args: Namespace, small: bool) -> None:
-    """What the user left out; small for the demo and --quick, which run anywhere in under a minute."""
+    """What the user left out; small for the demo and --quick: in under a minute anywhere, but startup and ablation."""
     one = args.mode in ("latency", "startup", "ablation", "accuracy")
     args.rounds = args.rounds or (4 if args.quick else 6 if small else 9)
     args.batch = args.batch or ([1, 4] if args.quick else [1, 8] if small else [1, 8, 32])
     args.input = args.input or (["16"] if args.quick else ["32"] if small else ["128"] if one else ["64-512"])
     args.output = args.output or (["16"] if args.quick else ["32"] if small else ["128"] if one else ["32-256"])
-    args.requests = args.requests or (8 if args.quick else 32 if small else 256)
+    args.requests = args.requests or (8 if args.quick else 24 if small else 256)
+    if args.mode == "online":
+        args.arrivals = args.arrivals or ("poisson:16" if small else "poisson:4")
 
 
 def _over_http(args: Namespace) -> bool:

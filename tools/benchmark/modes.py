@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from tools.benchmark import stats
 from tools.benchmark.bench import AGAIN, JUDGE, OURS, Bench, Works, compared, figure, near
 from tools.benchmark.ladder import RUNGS
-from tools.benchmark.limits import Limit, prompt_limit, step_limit, work_limit
+from tools.benchmark.limits import Limit, alone_limits, prompt_limit, step_limit, work_limit
 from tools.benchmark.record import FIGURES, PERCENTILES, Row
 from tools.benchmark.sides import ROOT, Side, SideFailed
 from tools.benchmark.work import Answer, Run, Work
@@ -48,12 +49,14 @@ def opened(bench: Bench, labels: Sequence[str]) -> dict:
 def latency(bench: Bench, jobs: Sequence[Job], labels: Sequence[str]) -> None:
     sides = opened(bench, labels)
     for job in jobs:
+        bench.gate_first(sides, job.works(0), job.work)
         _add(bench, "latency", job, bench.runs(sides, job.works), _batch_figures)
 
 
 def throughput(bench: Bench, jobs: Sequence[Job], labels: Sequence[str]) -> None:
     sides = opened(bench, labels)
     for job in jobs:
+        bench.gate_first(sides, job.works(0), job.work)
         _add(bench, "throughput", job, bench.runs(sides, job.works), _many_figures)
 
 
@@ -62,6 +65,7 @@ def online(bench: Bench, jobs: Sequence[Job], labels: Sequence[str], ttft: float
     sides = opened(bench, labels)
     figures = functools.partial(_online_figures, ttft=ttft, tpot=tpot)
     for job in jobs:
+        bench.gate_first(sides, job.works(0), job.work)
         runs = bench.runs(sides, job.works)
         # What a faster side saves here is waiting: how long a run lasts is up to the arrivals.
         waits = {
@@ -91,13 +95,18 @@ def startup(bench: Bench, job: Job, labels: Sequence[str]) -> None:
             if turn:
                 found[label].append((side.info["import_s"], side.ready_s, first))
                 answered.setdefault(label, []).append(run)
+    with bench.fresh(OURS) as side:  # not before: a judge that waits beside them would be part of what is timed
+        bench.gate_first({OURS: side}, job.works(0), job.work)
     bench.judge({label: answered[label] for label in found}, job.works(1), job.work)
+    ids = job.works(1).asks[0].ids
+    limit, _, _ = alone_limits(bench.facts.cfg, bench.facts.itemsize, len(ids), 1, bench.roof)
     for label, marks in found.items():
-        names = ("import_s", "ready_s", "first_token_s")
-        figures = {name: figure(values) for name, values in zip(names, zip(*marks, strict=True), strict=True)}
+        imported, ready, tokens = zip(*marks, strict=True)
+        figures = {"import_s": figure(imported), "ready_s": figure(ready), "first_token_s": figure(tokens, 1.0, limit)}
         last = {other: [mark[2] for mark in theirs] for other, theirs in found.items()}
         against = compared(last, [other for other in last if other != OURS]) if label == OURS else []
-        bench.record.add(Row("startup", job.work, label, figures, len(marks), None, against, note=bench.note(label)))
+        row = Row("startup", job.work, label, figures, len(marks), None, against, None, note=bench.note(label))
+        bench.record.add(row)  # what it compiles is part of the start, and not counted
 
 
 def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
@@ -114,7 +123,9 @@ def ablation(bench: Bench, plain: Job, mixed: Job, prefixed: Job) -> None:
         base, job = rungs[rung.against], {"mixed": mixed, "prefixed": prefixed}.get(rung.work, plain)
         how = {rung.name: in_windows(bench.limits.max_requests)} if rung.windows else {}
         with bench.fresh(OURS, variant=base.variant) as first, bench.fresh(OURS, variant=rung.variant) as second:
-            runs = bench.runs({base.name: first, rung.name: second}, job.works, how)
+            both = {base.name: first, rung.name: second}
+            bench.gate_first(both, job.works(0), job.work)
+            runs = bench.runs(both, job.works, how)
         bench.judge(runs, job.works(1), job.work)
         for name, mine in runs.items():
             about = job.work | {"variant": name}
@@ -145,7 +156,7 @@ def accuracy(bench: Bench, job: Job, labels: Sequence[str], directory: str | Non
         if label == JUDGE:
             continue
         mine = side.run(work)
-        gaps = judge.score([(ask.ids, answer.tokens) for ask, answer in zip(work.asks, mine.answers, strict=True)])
+        gaps, _ = judge.score([(ask.ids, answer.tokens) for ask, answer in zip(work.asks, mine.answers, strict=True)])
         worst, ours = max(map(max, gaps)), label == OURS
         same = [a == b for x, y in zip(mine.answers, right.answers) for a, b in zip(x.tokens, y.tokens, strict=True)]
         bad = worst > near(bench.facts.dtype) or ours and not layers["ok"]
@@ -196,7 +207,8 @@ def _row(
     refused = None if found.keys() == FIGURES[mode].keys() else "this side tells no times of tokens"
     # Online, how long a run lasts is up to the arrivals, and how many are in time to what the user calls so.
     share = None if mode == "online" else _work_share(bench, job, runs)
-    compiles = sum(run.compiles for run in runs)
+    counts = [run.compiles for run in runs]
+    compiles = None if None in counts else sum(counts)
     return Row(mode, about, label, found, len(runs), share, against, compiles, refused, note=bench.note(label))
 
 
@@ -232,18 +244,30 @@ def _many_figures(bench: Bench, job: Job, runs: list[Run]) -> dict:
 
 def _online_figures(bench: Bench, job: Job, runs: list[Run], ttft: float | None, tpot: float | None) -> dict:
     pairs = [(run, job.works(1 + i)) for i, run in enumerate(runs)]
-    found = {"e2e_ms": _percentiles([stats.end_to_end(run, work) for run, work in pairs])}
+    asks = [ask for _, work in pairs for ask in work.asks]
+    alone = [alone_limits(bench.facts.cfg, bench.facts.itemsize, len(ask.ids), ask.new, bench.roof) for ask in asks]
+    first, step, whole = zip(*alone, strict=True)
+    step = [limit for limit, ask in zip(step, asks, strict=True) if ask.new > 1]
+    found = {"e2e_ms": _percentiles([stats.end_to_end(run, work) for run, work in pairs], whole)}
     if all(answer.times for run in runs for answer in run.answers):
-        found["ttft_ms"] = _percentiles([stats.first_token(run, work) for run, work in pairs])
-        found["tpot_ms"] = _percentiles([stats.per_token(run) or [0.0] for run in runs])
+        found["ttft_ms"] = _percentiles([stats.first_token(run, work) for run, work in pairs], first)
+        found["tpot_ms"] = _percentiles([stats.per_token(run) or [0.0] for run in runs], step)
         found["goodput_per_second"] = figure([stats.goodput(run, work, ttft, tpot) for run, work in pairs])
     return found
 
 
-def _percentiles(runs: Sequence[Sequence[float]]) -> dict:
-    """Of the requests of each run, in milliseconds; then the median and interval over the runs."""
+def _percentiles(runs: Sequence[Sequence[float]], limits: Sequence[Limit]) -> dict:
+    """Of the requests of each run, in milliseconds; then the median and interval over the runs.
+
+    The share is that of the median: of all limits to that of all requests, since no request is faster than its own.
+    """
     found = zip(*(stats.percentiles(values) for values in runs), strict=True)
-    return {name: figure(values, 1e3) for name, values in zip(PERCENTILES, found, strict=True)}
+    figures = {name: figure(values, 1e3) for name, values in zip(PERCENTILES, found, strict=True)}
+    if limits:
+        name = Counter(limit.name for limit in limits).most_common(1)[0][0]
+        middle = Limit(statistics.median(limit.seconds for limit in limits), name)
+        figures["limit"] = middle.share(statistics.median(value for values in runs for value in values))
+    return figures
 
 
 def _seconds(runs: dict[str, list[Run]]) -> dict[str, list[float]]:

@@ -53,7 +53,7 @@ class Ours:
         compiles = meter.compiles + (counter.count if counter else 0)
         return Run(served.seconds, served.answers(), compiles, meter.peak_bytes, served.notes)
 
-    def score(self, asks: list[dict]) -> list[list[float]]:
+    def score(self, asks: list[dict]) -> dict[str, list[list[float]]]:
         raise NotImplementedError("lite_llm does not score; transformers does")
 
     def close(self) -> None:
@@ -77,6 +77,7 @@ class _Flight:
     sent: float
     tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    logprobs: tuple[float, ...] = ()
 
 
 class _Frames:
@@ -137,6 +138,7 @@ class _Served:
         wish = SamplingParams(
             max_tokens=ask.new, ignore_eos=True, seed=work.seed + index, temperature=work.temperature,
             top_k=work.top_k, top_p=work.top_p, min_p=0.0, repetition_penalty=1.0,
+            logprobs=0 if work.logprobs else None,
         )  # fmt: skip
         return self.llm.add_request(list(ask.ids), wish)
 
@@ -149,6 +151,8 @@ class _Served:
                     self.notes["cached_tokens"] += progress.cached
             for name, flight in self.ended.items():
                 self.done[flight.index] = flight
+                if self.work.logprobs:  # read here, so that works without them do nothing more
+                    flight.logprobs = tuple(one.logprob for one in self.llm.result(name).choices[0].logprobs)
                 self.llm.forget(name)
             self.ended = {}
         if not least:
@@ -157,4 +161,4 @@ class _Served:
 
     def answers(self) -> tuple[Answer, ...]:
         flights = [self.done[index] for index in range(len(self.work.asks))]
-        return tuple(Answer(tuple(f.tokens), f.sent, tuple(f.times), f.times[-1]) for f in flights)
+        return tuple(Answer(tuple(f.tokens), f.sent, tuple(f.times), f.times[-1], f.logprobs) for f in flights)

@@ -16,7 +16,8 @@ from typing import Any
 from lite_llm.errors import UsageError, shown
 from tools.environment import environment, gpu_state
 
-SCHEMA = 1
+SCHEMA, READS = 2, (1, 2)
+"""Version 2: `compiles` of a row may be null."""
 INTERVAL, PERCENTILES = ("median", "low", "high"), ("p50", "p90", "p99")
 _ONE_BATCH = {"ttft_ms": INTERVAL, "tpot_ms": INTERVAL, "tokens_per_second": INTERVAL}
 FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -58,8 +59,8 @@ class Row:
     `work` names the work and all that makes it another one ("variant" of an ablation). `figures` are those of FIGURES;
     each may have a "limit" of its own, and a part of percentiles may be a number or have an interval over the runs.
     `against` may be given as None, one comparison or several: {"side", "ratio", "differs"} and, of another variant than
-    the row's own, "variant"; of one run `differs` is None. Kernels compiled inside the timing refuse a row. `gpu` is
-    the GPU's state right after it, `note` what a reader must know of this side.
+    the row's own, "variant"; of one run `differs` is None. Kernels compiled inside the timing refuse a row; None is
+    unknown. `gpu` is the GPU's state right after it, `note` what a reader must know of this side.
     """
 
     mode: str
@@ -69,14 +70,14 @@ class Row:
     runs: int
     limit: dict | None = None
     against: Any = ()
-    compiles: int = 0
+    compiles: int | None = 0
     refused: str | None = None
     gpu: dict | None = None
     note: str | None = None
 
     def __post_init__(self):
         _expect(self.mode in FIGURES, "mode", self.mode, "one of " + ", ".join(FIGURES))
-        for name in ("runs", "compiles"):
+        for name in ("runs", "compiles") if self.compiles is not None else ("runs",):
             _expect(type(getattr(self, name)) is int and getattr(self, name) >= 0, name, getattr(self, name), "a count")
         _expect(isinstance(self.side, str) and self.side, "side", self.side, "a name")
         work = self.work if isinstance(self.work, dict) else {}
@@ -247,9 +248,9 @@ def load(path: str | Path) -> Record:
         raise UsageError(f"{path}: not a JSON document: {error}", "expected one that --json wrote") from None
     if not isinstance(found, dict) or "schema_version" not in found:
         raise UsageError(f"{path}: no schema_version", "expected a document that benchmark.py --json wrote")
-    if found["schema_version"] != SCHEMA:
-        version = shown(found["schema_version"])
-        raise UsageError(f"{path}: schema_version = {version}; this version reads {SCHEMA}", "measure again")
+    if found["schema_version"] not in READS:
+        version, known = shown(found["schema_version"]), " and ".join(map(str, READS))
+        raise UsageError(f"{path}: schema_version = {version}; this version reads {known}", "measure again")
     try:
         names = {"arguments", "model", "limits", "environment", "gates", "rows", "seconds"}
         if wrong := names ^ (found.keys() - {"schema_version"}):

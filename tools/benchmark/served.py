@@ -62,9 +62,9 @@ class Served(ABC):
     def command(self, directory: Path) -> list[str]:
         """What serves the checkpoint at `self._port` of 127.0.0.1, with OpenAI's routes."""
 
-    def compiles(self) -> int:
-        """Kernels that the server has compiled since it was ready, where it tells that."""
-        return 0
+    def compiles(self) -> int | None:
+        """Kernels that the server has compiled since it was ready; None where it does not tell."""
+        return None
 
     def warm(self, work: Work) -> None:
         self.run(work)
@@ -79,9 +79,9 @@ class Served(ABC):
                 self._server.wait(1.0)
             self._check()
             raise
-        return Run(seconds, answers, self.compiles() - before, None, {})
+        return Run(seconds, answers, None if before is None else self.compiles() - before, None, {})
 
-    def score(self, asks: list[dict]) -> list[list[float]]:
+    def score(self, asks: list[dict]) -> dict[str, list[list[float]]]:
         raise NotImplementedError("a server does not score; transformers does")
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import selectors
@@ -25,6 +26,7 @@ import torch
 from lite_llm.errors import LiteLLMError, UsageError
 from tools.benchmark.work import Run, Work
 
+_Nats = list[list[float]]
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = {
     "lite_llm": "ours:Ours",
@@ -241,12 +243,11 @@ class Side:
             raise SideFailed(f"{self.name}, {work.name}: {wrong}")
         return found
 
-    def score(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], timeout: float | None = None
-    ) -> list[list[float]]:
-        """For pairs of (prompt, answer): how far each token of the answer is below the best one there, in nats."""
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[_Nats, _Nats]:
+        """For pairs of (prompt, answer): how far below the best each token of the answer is, and its logprob."""
         asks = [{"prompt": list(prompt), "answer": list(answer)} for prompt, answer in pairs]
-        return self._ask({"do": "score", "asks": asks}, timeout)["gaps"]
+        found = self._ask({"do": "score", "asks": asks}, None)
+        return found["gaps"], found["logprobs"]
 
     def close(self) -> None:
         """Twice is fine."""
@@ -280,6 +281,10 @@ def fault(work: Work, run: Run, vocab: int) -> str | None:
             return f"{here} has token id {foreign[0]}; the vocabulary has {vocab}"
         if len(times) not in (0, ask.new):
             return f"{here} has {len(times)} times for {ask.new} tokens"
+        if len(answer.logprobs) != ask.new * work.logprobs:
+            return f"{here} has {len(answer.logprobs)} log-probabilities; {ask.new * work.logprobs} were asked for"
+        if not all(map(math.isfinite, answer.logprobs)):
+            return f"{here} has a log-probability that is no number"
         if answer.sent < ask.at:
             return f"{here} was sent at {answer.sent:.4f} s, before {ask.at:g} s"
         known = [answer.sent, *times, answer.ended, run.seconds]

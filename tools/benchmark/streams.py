@@ -38,7 +38,8 @@ async def answer(port: int, model: str, work: Work) -> tuple[float, tuple[Answer
             stream = await _Stream.whole(port, bodies[index], arrivals.now)
         except StreamFailed as error:
             raise StreamFailed(f"request {index}: {error.message}") from None
-        found[index] = Answer(tuple(stream.tokens), sent, tuple(stream.times), (stream.times or [arrivals.now()])[-1])
+        ended = (stream.times or [arrivals.now()])[-1]
+        found[index] = Answer(tuple(stream.tokens), sent, tuple(stream.times), ended, tuple(stream.logprobs))
 
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -60,17 +61,21 @@ def _request(port: int, model: str, work: Work, index: int) -> bytes:
         "return_token_ids": True, "seed": work.seed + index, "temperature": work.temperature,
         "top_k": work.top_k or -1, "top_p": work.top_p, "min_p": 0.0, "repetition_penalty": 1.0,
     }  # fmt: skip
+    if work.logprobs:
+        wishes["logprobs"] = 0  # of the tokens themselves, and of no others
     body = json.dumps(wishes).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nconnection: close\r\n"
     return head.encode() + b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
 
 
 class _Stream(asyncio.Protocol):
-    """One request and what comes back: `tokens`, and for each when it was read; `done` raises StreamFailed."""
+    """One request and what comes back: `tokens`, for each when it was read, and `logprobs` if it was asked for them;
+    `done` raises StreamFailed."""
 
     def __init__(self, request: bytes, now: Callable[[], float]):
         self.tokens: list[int] = []
         self.times: list[float] = []
+        self.logprobs: list[float] = []
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._request, self._now, self._body = request, now, b""
         self._parser = httptools.HttpResponseParser(self)
@@ -137,6 +142,8 @@ class _Stream(asyncio.Protocol):
             if fresh:
                 self.tokens += fresh
                 self.times += [now] * len(fresh)
+            if told := choice.get("logprobs"):
+                self.logprobs += told["token_logprobs"]
             if reason not in (None, "length"):
                 raise StreamFailed(f"it ended as {reason!r} after {len(self.tokens)} tokens, not by length")
 

@@ -42,10 +42,17 @@ ALIKE = (
     f"no difference: the ratio is within {SAME:.0%} of 1, as of one program run twice; not told apart: it is further "
     "away, and the interval holds 1"
 )
-UNLIMITED = {
-    "online": "no % of a limit: when requests come decides how long they take",
-    "startup": "no % of a limit: starting a process is neither copies nor matmuls",
+LIMITED = {
+    "online": ", at the median, a request that has the machine to itself",
+    "startup": ": a first token reads the weights once and computes its prompt",
 }
+"""What the limit of a mode's figures is about, where that is not the work itself."""
+UNLIMITED = {
+    "online": "no limit: how many are in time is up to when they come and what is called so",
+    "startup": "no limit: an import and loading are neither copies nor matmuls",
+    "ablation": "no limit: requests of unequal lengths; the whole run has one",
+}
+"""Why some figures of a mode have none."""
 ON_A_CPU = "on a CPU transformers may well be faster: lite_llm's kernels, graphs and pool are for GPUs"
 BEYOND = 1.05  # of a limit: more than its own measurement's error
 COLUMNS = (
@@ -140,9 +147,12 @@ def notes(record: Record, mode: str) -> Iterator[str]:
         yield ALIKE
     limits = [limit for row in shown for name in FIGURES[mode] if (limit := record.limit(row, name))]
     if limits:
-        yield f"%: of what {' or '.join(sorted({limit['name'] for limit in limits}))} allows on this machine"
-    elif shown and mode in UNLIMITED:
-        yield UNLIMITED[mode]
+        names = " or ".join(sorted({limit["name"] for limit in limits}))
+        yield f"%: of what {names} allows on this machine{LIMITED.get(mode, '')}"
+    if mode in UNLIMITED and len(limits) < len(shown) * len(FIGURES[mode]):
+        yield f"-: {UNLIMITED[mode]}"
+    if unknown := dict.fromkeys(row.label for row in shown if row.compiles is None and mode != "startup"):
+        yield f"{', '.join(unknown)}: ? kernels compiled inside the timing, this side does not tell"
     if over := sum(limit["of_limit"] > BEYOND for limit in limits):
         yield f"{over} of {len(limits)} shares are beyond the limit: the work fits a cache, or the figure is wrong"
     if held := held_back([row.gpu for row in rows]):
@@ -185,7 +195,8 @@ def number(value: float) -> str:
 
 
 def share(limit: dict) -> str:
-    return f"{limit['of_limit']:.{0 if limit['of_limit'] >= 0.0095 else 1}%} {limit['name']}"
+    of = limit["of_limit"]
+    return f"{f'{of:.{0 if of >= 0.0095 else 1}%}' if of >= 0.0005 else '<0.1%'} {limit['name']}"
 
 
 def _list(record: Record, mode: str, console: Console) -> None:
@@ -216,6 +227,8 @@ def _cell(record: Record, row: Row, name: str, stacked: bool) -> Text:
     if limit := record.limit(row, name):
         style = "red" if limit["of_limit"] > BEYOND else "cyan"
         found.append(f"{between}{share(limit)}", style=style)
+    elif not record.refusal(row):
+        found.append(f"{between}-", style="dim")
     return found
 
 
@@ -267,8 +280,9 @@ def _by_work(rows: list[Row]) -> dict[str, list[Row]]:
 
 def _lines(record: Record, row: Row) -> Iterator[dict]:
     same = {name: row.work.get(name, "") for name in ("batch", "prompt", "new", "variant")} | {
-        "mode": row.mode, "work": row.work["name"], "side": row.side, "runs": row.runs, "compiles": row.compiles,
-        "refused": record.refusal(row) or "", "note": row.note or "",
+        "mode": row.mode, "work": row.work["name"], "side": row.side, "runs": row.runs,
+        "compiles": "?" if row.compiles is None else row.compiles, "refused": record.refusal(row) or "",
+        "note": row.note or "",
     }  # fmt: skip
     for name, value in row.figures.items():
         if row.mode == "accuracy":
@@ -278,7 +292,7 @@ def _lines(record: Record, row: Row) -> Iterator[dict]:
         share = {"limit": limit["name"], "of_limit": limit["of_limit"]} if limit else {}
         parts = {name: value} if "median" in value else {f"{name}_{p}": value[p] for p in FIGURES[row.mode][name]}
         for part, told in parts.items():
-            yield same | share | {"figure": part} | _interval(row, told)
+            yield same | (share if part in (name, f"{name}_p50") else {}) | {"figure": part} | _interval(row, told)
     if not row.figures:
         yield same
     for pair in record.comparisons(row):

@@ -93,15 +93,16 @@ class Eager:
         return {}
 
     @torch.inference_mode()
-    def score(self, asks: list[dict]) -> list[list[float]]:
-        gaps = []
+    def score(self, asks: list[dict]) -> dict[str, list[list[float]]]:
+        gaps, logprobs = [], []
         for ask in asks:
             prompt, answer = ask["prompt"], ask["answer"]
             ids = torch.tensor([[*prompt, *answer[:-1]]], device=self.device)
             logits = self.model(ids, use_cache=False, logits_to_keep=len(answer)).logits[0].float()
             picked = logits.gather(1, torch.tensor(answer, device=self.device)[:, None])[:, 0]
             gaps.append((logits.amax(1) - picked).tolist())
-        return gaps
+            logprobs.append((picked - logits.logsumexp(1)).tolist())
+        return {"gaps": gaps, "logprobs": logprobs}
 
     def close(self) -> None:
         pass
@@ -256,7 +257,7 @@ class ContinuousBatching(Eager):
             answers[index] = Answer(tokens, sent[index], times, times[-1] if times else arrivals.now())
         return answers, arrivals.now(), {"untimed": untimed}
 
-    def score(self, asks: list[dict]) -> list[list[float]]:
+    def score(self, asks: list[dict]) -> dict[str, list[list[float]]]:
         raise NotImplementedError("the model of transformers-cb attends to pages; ask the side transformers")
 
     def close(self) -> None:

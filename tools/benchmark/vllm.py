@@ -16,7 +16,7 @@ import vllm
 from vllm.sampling_params import RequestOutputKind
 
 from tools.benchmark.served import Served, checkpoint
-from tools.benchmark.sides import Arrivals, Meter, Opening
+from tools.benchmark.sides import Arrivals, Opening
 from tools.benchmark.work import Answer, Run, Work
 
 _BLOCK = 16  # KV tokens
@@ -63,33 +63,32 @@ class VLLM:
         sent: dict[int, float] = {}
         tokens: list[list[int]] = [[] for _ in work.asks]
         times: list[list[float]] = [[] for _ in work.asks]
-        with Meter("cpu") as meter:
-            arrivals = Arrivals(work)
-            try:
-                while arrivals or engine.has_unfinished_requests():
-                    for index in arrivals.take():
-                        sent[index] = arrivals.now()
-                        prompt = {"prompt_token_ids": list(work.asks[index].ids)}
-                        engine.add_request(self._name(index), prompt, self._wish(work, index))
-                    if not engine.has_unfinished_requests():
-                        time.sleep(arrivals.wait())
-                        continue
-                    news = engine.step()
-                    now = arrivals.now()
-                    for output in news:
-                        index = int(output.request_id.rpartition("/")[2])
-                        fresh = output.outputs[0].token_ids if output.outputs else ()
-                        tokens[index] += fresh
-                        times[index] += [now] * len(fresh)
-            except BaseException:
-                engine.abort_request([self._name(index) for index in sent])
-                raise
-            seconds = arrivals.now()
+        arrivals = Arrivals(work)
+        try:
+            while arrivals or engine.has_unfinished_requests():
+                for index in arrivals.take():
+                    sent[index] = arrivals.now()
+                    prompt = {"prompt_token_ids": list(work.asks[index].ids)}
+                    engine.add_request(self._name(index), prompt, self._wish(work, index))
+                if not engine.has_unfinished_requests():
+                    time.sleep(arrivals.wait())
+                    continue
+                news = engine.step()
+                now = arrivals.now()
+                for output in news:
+                    index = int(output.request_id.rpartition("/")[2])
+                    fresh = output.outputs[0].token_ids if output.outputs else ()
+                    tokens[index] += fresh
+                    times[index] += [now] * len(fresh)
+        except BaseException:
+            engine.abort_request([self._name(index) for index in sent])
+            raise
+        seconds = arrivals.now()
         answers = (
             Answer(tuple(mine), sent[index], tuple(known), known[-1] if known else seconds)
             for index, (mine, known) in enumerate(zip(tokens, times, strict=True))
         )
-        return Run(seconds, tuple(answers), meter.compiles, None, {})
+        return Run(seconds, tuple(answers), None, None, {})
 
     def _name(self, index: int) -> str:
         return f"{self._runs}/{index}"
@@ -101,7 +100,7 @@ class VLLM:
             temperature=work.temperature, top_k=work.top_k or -1, top_p=work.top_p, seed=work.seed + index,
         )  # fmt: skip
 
-    def score(self, asks: list[dict]) -> list[list[float]]:
+    def score(self, asks: list[dict]) -> dict[str, list[list[float]]]:
         raise NotImplementedError("vllm does not score; transformers does")
 
     def close(self) -> None:

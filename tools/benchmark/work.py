@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from lite_llm.errors import UsageError, shown
 
 _LINE = '{"at": seconds, "prompt": tokens or [ids], "new": tokens}'
+_LISTS = ("tokens", "times", "logprobs")  # of an Answer
 _LENGTHS = 'expected "128", "10-30", "64,128" or "lognormal:MEDIAN:SIGMA"'
 
 
@@ -46,6 +47,7 @@ class Work:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    logprobs: bool = False  # of the answers' tokens, for a gate: no work that is timed asks for them
 
     def to_json(self) -> dict:
         asks = [{"ids": list(ask.ids), "new": ask.new, "at": ask.at} for ask in self.asks]
@@ -65,6 +67,7 @@ class Answer:
     sent: float  # when it was handed over, never before `ask.at`
     times: tuple[float, ...]  # one per token: when the client knew it; () if the side tells only the end
     ended: float
+    logprobs: tuple[float, ...] = ()  # one per token, in nats, if the work asks for them
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,17 @@ class Run:
 
     seconds: float  # from the start to the last token
     answers: tuple[Answer, ...]  # in the order of work.asks
-    compiles: int  # kernels compiled or graphs traced inside the run
+    compiles: int | None  # kernels compiled or graphs traced inside the run; None: this side cannot tell
     peak_bytes: int | None  # of the device
     notes: dict  # JSON values under string keys
 
     def to_json(self) -> dict:
-        answers = [vars(a) | {"tokens": list(a.tokens), "times": list(a.times)} for a in self.answers]
+        answers = [vars(a) | {name: list(getattr(a, name)) for name in _LISTS} for a in self.answers]
         return vars(self) | {"answers": answers}
 
     @classmethod
     def from_json(cls, d: dict) -> Run:
-        answers = tuple(Answer(tuple(a["tokens"]), a["sent"], tuple(a["times"]), a["ended"]) for a in d["answers"])
+        answers = tuple(Answer(**(a | {name: tuple(a[name]) for name in _LISTS})) for a in d["answers"])
         return cls(**(d | {"answers": answers}))
 
 
@@ -172,6 +175,11 @@ def batch(vocab: int, batch: int, prompt: int, new: int, seed: int, banned: froz
     ids, rng = _allowed(vocab, banned), Random(seed)
     asks = tuple(Ask(tuple(rng.choices(ids, k=prompt)), new) for _ in range(batch))
     return Work(f"b{batch} in{prompt} out{new}", asks, seed=seed)
+
+
+def beginning(work: Work, most: int) -> Work:
+    """The first tokens of each answer, `most` at most, with their log-probabilities; all requests come at once."""
+    return replace(work, asks=tuple(Ask(ask.ids, min(ask.new, most)) for ask in work.asks), logprobs=True)
 
 
 def many(

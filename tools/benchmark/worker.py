@@ -35,7 +35,7 @@ class Opponent(Protocol):
 
     def run(self, work: Work, tell: Tell | None = None) -> Run: ...
 
-    def score(self, asks: list[dict]) -> list[list[float]]: ...
+    def score(self, asks: list[dict]) -> dict[str, list[list[float]]]: ...  # "gaps" and "logprobs"
 
     def close(self) -> None: ...  # twice is fine
 
@@ -100,7 +100,7 @@ def _obey(side: Opponent, message: dict, answers: TextIO) -> dict:
             tell = functools.partial(_tell, answers) if message.get("watch") else None
             return {"ok": True, "run": side.run(Work.from_json(message["work"]), tell).to_json()}
         case "score":
-            return {"ok": True, "gaps": side.score(message["asks"])}
+            return {"ok": True, **side.score(message["asks"])}
         case "close":
             side.close()
             return {"ok": True}
