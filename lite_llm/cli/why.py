@@ -28,17 +28,19 @@ def explanation(cfg: ModelConfig, plan: MemoryPlan, last: "Output", roof: Ceilin
         return "the last answer is too short to say; ask for a longer one"
     context = usage.prompt_tokens + usage.completion_tokens // 2
     costs = step_costs(cfg, _itemsize(cfg, plan), requests=1, context=context)
-    steps = usage.completion_tokens - usage.drafted_tokens
-    step, least = usage.completion_tokens / steps / timings.tokens_per_second, floor(costs, roof)
-    taken = f"step: {usage.drafted_tokens} tokens were drafts that stood" if usage.drafted_tokens else "token"
+    later = usage.completion_tokens - 1  # tokens after the first, of which alone the rate tells
+    each = later / (later - usage.drafted_tokens)  # tokens that a step gave
+    step, least = each / timings.tokens_per_second, floor(costs, roof)
+    unit, gave = ("step", _gave(each, usage.drafted_tokens)) if usage.drafted_tokens else ("token", "")
     moved = sum(cost.bytes for cost in costs)
     lines = [
-        f"last answer: {timings.tokens_per_second:,.1f} tok/s, {_time(step)} a {taken}",
-        f"the limit:   {1 / least:,.1f} tok/s, {_time(least)} a token: each one reads {_bytes(moved)}, and this "
-        f"{'GPU' if 'cuda' in plan.device else 'CPU'}'s memory copies {_bytes(roof.copy)}/s (measured now)",
+        f"last answer: {timings.tokens_per_second:,.1f} tok/s, {_time(step)} a {unit}{gave}",
+        f"the limit:   {each / least:,.1f} tok/s, {_time(least)} a {unit}: each one reads {_amount(moved, 'B')}",
         f"reached:     {least / step:.0%} of the limit",
+        f"measured:    this {'GPU' if 'cuda' in plan.device else 'CPU'}'s memory copies {_amount(roof.copy, 'B')}/s, "
+        f"its matmuls do {_amount(roof.matmul, 'FLOP')}/s, now",
         "",
-        *_table(costs, roof, step),
+        *_table(costs, roof, step, unit),
         "",
         _rest(plan, costs, step - least),
         _prompt(costs, last, roof),
@@ -46,11 +48,16 @@ def explanation(cfg: ModelConfig, plan: MemoryPlan, last: "Output", roof: Ceilin
     return "\n".join(lines)
 
 
-def _table(costs: list[Cost], roof: Ceilings, step: float) -> list[str]:
+def _gave(each: float, drafted: int) -> str:
+    stood = "1 token was a draft" if drafted == 1 else f"{drafted} tokens were drafts"
+    return f" of {each:.3g} tokens: {stood} that stood"
+
+
+def _table(costs: list[Cost], roof: Ceilings, step: float, unit: str) -> list[str]:
     shown = [cost for cost in costs if cost.bytes * 1000 > max(other.bytes for other in costs)]
-    rows = [("a token reads", "bytes", "at least", "of its time")]
+    rows = [(f"a {unit} reads", "bytes", "at least", "of its time")]
     rows += [
-        (_WORDS[cost.name], _bytes(cost.bytes), _time(cost.floor(roof)), f"{cost.floor(roof) / step:.1%}")
+        (_WORDS[cost.name], _amount(cost.bytes, "B"), _time(cost.floor(roof)), f"{cost.floor(roof) / step:.1%}")
         for cost in shown
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -105,8 +112,8 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def _bytes(n: float) -> str:
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+def _amount(n: float, unit: str) -> str:
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if n >= 0.1 * factor:
-            return f"{n / factor:.3g} {unit}"
-    return f"{n / 1e3:.3g} kB"
+            return f"{n / factor:.3g} {prefix}{unit}"
+    return f"{n / 1e3:.3g} k{unit}"

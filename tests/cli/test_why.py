@@ -1,6 +1,7 @@
 """/why: the last answer against the limit, in words; the conversation and the engine are left alone."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.cli.doubles import FakeLLM
 
 CFG = registry.parse(HFConfig(shapes.shape_config("tiny-llama-3.2-1b")))
 PLAN = Blueprint(CFG, EngineConfig(device="cpu")).plan
+SPEEDS = re.compile(r"([\d,.]+) tok/s, ([\d.]+) (us|ms|s) a (\w+)")
 ON_GPU = dataclasses.replace(PLAN, device="cuda:0")
 
 
@@ -35,18 +37,38 @@ def limit(roof: Ceilings) -> float:
 def test_it_names_the_limit_and_the_share():
     roof = Ceilings(copy=1e10, matmul=1e11)
     text = explanation(CFG, PLAN, answer(limit(roof) / 4), roof)
-    assert "reached:     25% of the limit" in text and "CPU's memory copies 10 GB/s" in text
+    assert "reached:     25% of the limit" in text
+    assert "CPU's memory copies 10 GB/s, its matmuls do 0.1 TFLOP/s, now" in text
     assert "first token: 12 ms; the 20 prompt tokens that were not cached" in text
     assert "MLP, gate and up" in text and "Python between the operations" in text
 
 
-def test_a_draft_that_stood_took_no_step():
-    roof = Ceilings(copy=1e10, matmul=1e11)
-    last = answer(2 * limit(roof))
-    drafted = dataclasses.replace(last, usage=dataclasses.replace(last.usage, drafted_tokens=40))
-    text = explanation(CFG, PLAN, drafted, roof)
-    assert "a step: 40 tokens were drafts that stood" in text and "reached:     40% of the limit" in text
-    assert "50 answer (40 drafted), " in report.statistics(drafted, 80, 1000)
+def with_drafts(last: Output, drafted: int) -> Output:
+    return dataclasses.replace(last, usage=dataclasses.replace(last.usage, drafted_tokens=drafted))
+
+
+DRAFTS = [(0, ""), (1, "of 1.02 tokens: 1 token was a draft that"), (40, "of 5.44 tokens: 40 tokens were drafts that")]
+
+
+@pytest.mark.parametrize("drafted, words", DRAFTS)
+def test_a_draft_that_stood_took_no_step(drafted, words):
+    """So the limit counts the tokens that a step gave. The first of the 50 is none of them: the rate leaves it out."""
+    roof, each = Ceilings(copy=1e10, matmul=1e11), 49 / (49 - drafted)
+    text = explanation(CFG, PLAN, with_drafts(answer(limit(roof) / 3), drafted), roof)
+    rate, most = (dict(zip(("tokens", "time", "unit", "per"), found)) for found in SPEEDS.findall(text))
+    for line in (rate, most):
+        line["tokens"] = float(line["tokens"].replace(",", ""))
+        line["seconds"] = float(line["time"]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[line["unit"]]
+        assert line["tokens"] * line["seconds"] == pytest.approx(each, rel=0.01)
+    assert most["tokens"] == pytest.approx(each * limit(roof), rel=1e-3) and words in text
+    assert f"reached:     {rate['tokens'] / most['tokens']:.0%} of the limit" in text
+    unit = "step" if drafted else "token"
+    assert rate["per"] == most["per"] == unit and f"\na {unit} reads " in text
+
+
+def test_drafts_are_counted_behind_an_answer():
+    last = answer(100.0)
+    assert "50 answer (40 drafted), " in report.statistics(with_drafts(last, 40), 80, 1000)
     assert "drafted" not in report.statistics(last, 80, 1000)
 
 
