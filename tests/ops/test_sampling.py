@@ -152,6 +152,25 @@ def test_filters_that_the_list_cannot_answer():
     assert_same_draw(draw(kernels, logits, args), logits, args)
 
 
+def test_a_level_of_ties_that_top_p_needs_a_part_of_is_kept_whole():
+    """More ties than are listed, so the cutoff is searched over the whole row. Those above it hold 0.41 of the mass."""
+    logits = torch.zeros(5000, device=DEVICE)
+    logits[torch.randperm(5000)[:1500]] = 0.5
+    logits = logits.expand(8, -1).contiguous()
+    args = settings(8, top_p=[0.6] * 4 + [0.4] * 4, seed=list(range(8)))
+    got = draw(kernels, logits, args)
+    assert_same_draw(got, logits, args)
+    drawn = logits.gather(1, got[:, None].long())[:, 0]
+    assert not drawn[:4].all() and drawn[4:].all(), "none of the level, or what is beyond"
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}], ids=["top_k", "both"])
+def test_a_top_k_of_more_tokens_than_are_listed_still_counts(filters):
+    logits = torch.randn(5000, device=DEVICE).expand(8, -1).contiguous()
+    args = settings(8, 2.0, top_k=[700, 900, 1000, 1200] * 2, seed=list(range(8)), **filters)
+    assert_same_draw(draw(kernels, logits, args), logits, args)
+
+
 def test_the_best_tokens_may_stand_side_by_side():
     """So more of them than the list holds reach a bar that few groups reach; or but few tokens are left at all."""
     logits = torch.randn(8, 20_000, device=DEVICE)
