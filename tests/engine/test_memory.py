@@ -17,7 +17,7 @@ from lite_llm.errors import DoesNotFit, EnvironmentProblem, LiteLLMError, Unsupp
 from lite_llm.layers import LayerFactory
 from lite_llm.models import registry, shapes, tiling
 from lite_llm.ops.triton import decode, launch, skinny, tuning
-from tests.engine.models import fill_, tiny_config
+from tests.engine.models import Rig, fill_, tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CFG = dataclasses.replace(tiny_config(vocab=1000, max_len=4096), hidden=64, ffn=128)
@@ -159,6 +159,17 @@ def test_the_plan_counts_what_drafts_take(plan):
             partial = memory.partial_sums(CFG, entries, 4096) - memory.partial_sums(CFG, requests, 4096)
             graphs = len(runner.verifying(requests, 15)) * (9 * CFG.num_layers + 16) * 8192
             assert more - plain == logits + (partial + graphs if device == CUDA else 0)
+
+
+@pytest.mark.parametrize("drafts", [0, 5])
+def test_the_plan_counts_every_graph_that_is_recorded(plan, drafts):
+    """Each shape has two, with logits adjusted and not; those that verify drafts one."""
+    sizes = dict(max_requests=20, step_tokens=200)
+    more, plain = (plan(1 << 40, CUDA, drafts=drafts, cuda_graphs=on, **sizes).workspace for on in (True, False))
+    rig = Rig(rows=20, step_tokens=200, drafts=drafts, padded=True)
+    recorded = list(rig.engine.runner._variants())
+    assert len({shape for shape, _ in recorded}) < len(recorded) == len(set(recorded))
+    assert more - plain == len(recorded) * (9 * CFG.num_layers + 16) * 8192
 
 
 def test_more_requests_than_there_are_tickets_are_refused():

@@ -1,6 +1,8 @@
 """The floor of a decode step: every weight once, every cached key and value once, against measured ceilings."""
 
 import dataclasses
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +67,22 @@ def test_the_ceilings_of_this_machine(monkeypatch):
     monkeypatch.setattr(roofline, "_WIDTH", {"cuda": 1024, "cpu": 128})
     found = Ceilings.measure(torch.device("cpu"), torch.float32, most=1 << 26)
     assert found.copy > 1e8 and found.matmul > 1e7
+
+
+def test_a_copy_reads_and_writes_and_a_multiplication_is_followed_by_an_addition(monkeypatch):
+    """By a clock that goes on by 1/4 s whenever it is read: so long every call takes."""
+    ticks = itertools.count()
+    monkeypatch.setattr(roofline, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 4))
+    monkeypatch.setattr(roofline, "free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr(roofline, "_WIDTH", {"cpu": 128})
+    moved = []
+    for name in ("empty_like", "ones"):  # the two buffers, and what the product is written to
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: moved.append(make(*a, **k)) or moved[-1])
+    found = Ceilings.measure(torch.device("cpu"), torch.float32, most=1 << 26)
+    source, target, product = moved
+    assert source.nbytes == target.nbytes == 1 << 26 and product.shape == (128, 128)
+    assert found == Ceilings(copy=(source.nbytes + target.nbytes) / 0.25, matmul=(2 * 128**3) / 0.25)
 
 
 def test_too_little_memory_is_said(monkeypatch):

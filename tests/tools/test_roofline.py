@@ -1,9 +1,11 @@
 """tools/roofline.py: which kernel is whose, what overlapping kernels add to a step, and the report without a GPU."""
 
 import importlib.util
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from tools import roofline
 from tools.roofline import BETWEEN, INSIDE, OTHER, Kernel, attribute, classify
@@ -19,6 +21,9 @@ PLAIN_CLASSES = ["qkv"] * 3 + ["attention"] * 2 + ["out"] * 2 + ["gate_up"] * 3 
 SKINNY = ["_rms_norm_kernel", "_skinny_qkv_kernel", "_decode_kernel", "_skinny_kernel", "_rms_norm_kernel",
           "_skinny_kernel", "_skinny_kernel"]  # fmt: skip
 SKINNY_CLASSES = ["qkv", "qkv", "attention", "out", "gate_up", "gate_up", "down"]
+
+STEP = dict(model="x", batch=1, context=512, device="a GPU", copy_tb_s=4.2, matmul_tflop_s=790.0, step_us=90.0,
+            floor_us=45.0, bytes=240_000_000)  # fmt: skip
 
 
 def step(layer: list[str], layers: int, norm: bool = False) -> list[str]:
@@ -90,6 +95,18 @@ def test_a_trace_without_steps_is_empty():
     assert not attribute([], 2).us and not attribute([Kernel("_embed_kernel", 0.0, 1.0)], 2).us
 
 
+def test_a_share_of_the_limit_is_the_floor_over_what_it_took():
+    row = roofline.Row("qkv", 16, 60.0, 240_000_000, 45.0, ["_gemv_kernel"])
+    assert row.of_limit == 0.75
+    assert roofline.Row("qkv", None, None, 8, 45.0, []).of_limit is None, "not timed"
+    assert roofline.Row(OTHER, 2, 3.0, 0, 0.0, []).of_limit is None, "nothing that it must do"
+    console = Console(width=150, file=io.StringIO())
+    console.print(roofline.table(STEP, [row]))
+    found = [line.replace("│", " ").split() for line in console.file.getvalue().splitlines()]
+    assert ["qkv", "16", "60.0", "100.0%", "240.0", "4.00", "45.0", "75", "_gemv_kernel"] in found
+    assert ["step", "90.0", "240.0", "2.67", "45.0", "50"] in [cells[:6] for cells in found]
+
+
 def test_the_report_without_a_gpu(tmp_path, capsys):
     target = tmp_path / "step.json"
     options = ["--shape", "tiny-qwen3-0.6b", "--batch", "2", "--context", "40", "--steps", "2", "--device", "cpu"]
@@ -117,9 +134,7 @@ def test_every_kernel_of_a_step_has_a_class(tmp_path):
 
 def test_the_picture_or_what_it_needs(tmp_path, capsys):
     row = roofline.Row("qkv", 16, 60.0, 200_000_000, 47.0, ["_gemv_kernel"])
-    record = dict(model="x", batch=1, context=512, device="a GPU", copy_tb_s=4.2, matmul_tflop_s=790.0, step_us=60.0,
-                  floor_us=47.0)  # fmt: skip
-    code = roofline.picture(tmp_path / "step.png", record, [row])
+    code = roofline.picture(tmp_path / "step.png", STEP, [row])
     if importlib.util.find_spec("matplotlib"):
         assert code == 0 and (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
     else:
