@@ -16,9 +16,8 @@ import json
 import math
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from lite_llm import LLM, SamplingParams
 from lite_llm.engine.roofline import copy_rate, step_costs
+from lite_llm.errors import EnvironmentProblem, LiteLLMError, UsageError
+from lite_llm.models.shapes import shape_config
 from tools import bench_peers as peers
 from tools.bench_peers import Peer
 from tools.environment import environment
+from tools.idle import idle_shares, kernels
 
 STEP_TOKENS = 4096  # of prompts; no decode step depends on it
 LEAD = 4  # steps of a round before its event: the first ones after a wait are launched to an idle GPU
@@ -207,43 +209,6 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-# ---- how much of a step the GPU is idle
-
-
-def kernels(step: Callable[[], object], steps: int) -> list[tuple[float, float, int]]:
-    """Start and end of everything that ran on the GPU in some steps, in us, and the number of its launch."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            step()
-        _wait()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    return [
-        (event["ts"], event["ts"] + event["dur"], event["args"]["correlation"])
-        for event in events
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    ]
-
-
-def idle_shares(ran: Sequence[tuple[float, float, int]]) -> dict:
-    """Share of the time in which nothing runs, and of that between two launches: graphs, or kernels where none is one.
-
-    The first tenth is left out: a profile begins while the GPU waits for it. None where a profiler saw nothing.
-    """
-    ran = sorted(ran)[len(ran) // 10 :]
-    if not ran:
-        return {"idle": None, "idle_between_launches": None}
-    begin, end, launch = ran[0]
-    idle = between = 0.0
-    for start, stop, number in ran:
-        gap = max(start - end, 0.0)
-        idle += gap
-        between += gap * (number != launch)
-        end, launch = max(end, stop), number
-    return {"idle": idle / (end - begin), "idle_between_launches": between / (end - begin)}
-
-
 # ---- the cases, and what is asked of them
 
 Case = Steps | Answers | Peer
@@ -272,12 +237,16 @@ def cases() -> list[Case]:
 
 
 def choose(args: argparse.Namespace) -> list[Case]:
+    """UsageError for a shape that there is not, and where no case has such a name."""
     if args.shape:
+        shape_config(args.shape)
         return [Steps(args.shape, batch, context, None) for context in args.context for batch in args.batch]
     found = [case for case in cases() if args.compile or not (type(case) is Peer and case.compiled)]
     if args.quick:
         found = [case for case in found if type(case) is not Peer and case.shape == found[0].shape and case.batch < 16]
     wanted = [case for case in found if any(fnmatch.fnmatch(case.name, pattern) for pattern in args.only)]
+    if not wanted:
+        raise UsageError("no case has such a name")
     needed = {case.ours for case in wanted if type(case) is Peer}
     return [case for case in found if case in wanted or case.name in needed]
 
@@ -303,10 +272,14 @@ def measured(group: Sequence[Steps | Answers], effort: Effort, options: dict, ba
                     try:
                         found |= left[0].measure(llm, effort, bandwidth)
                     except Exception as error:  # GPU time is dear: one case that fails does not end the others
-                        found["failed"] = repr(error)
+                        found["failed"] = _reason(error)
                 yield left.pop(0), found
     except Exception as error:
-        yield from ((case, {"failed": repr(error)}) for case in left)
+        yield from ((case, {"failed": _reason(error)}) for case in left)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, LiteLLMError) else repr(error)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -323,11 +296,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    chosen, began = choose(args), time.perf_counter()
-    gpu = torch.cuda.is_available()
-    if not chosen or not (gpu or args.shape):
-        print("error: " + ("no GPU that torch can use" if chosen else "no case has such a name"), file=sys.stderr)
-        return 3 if chosen else 2
+    began, gpu = time.perf_counter(), torch.cuda.is_available()
+    try:
+        chosen = choose(args)
+        if not (gpu or args.shape):
+            raise EnvironmentProblem("no GPU that torch can use")
+    except LiteLLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     effort = Effort(rounds=2, steps=12, warm=4, answers=1) if args.quick else Effort()
     options = {"device": "cuda" if gpu else "cpu", "dtype": "bfloat16" if gpu else "float32"}
     bandwidth = copy_rate(options["device"])

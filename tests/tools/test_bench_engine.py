@@ -9,8 +9,9 @@ import pytest
 from lite_llm import LLM
 from lite_llm.engine.request import TokenLogprobs
 from tools import bench_engine, bench_peers
-from tools.bench_engine import Answers, Effort, Flight, Steps, idle_shares
+from tools.bench_engine import Answers, Effort, Flight, Steps
 from tools.bench_peers import GATE_TOP_K, Peer, gate, gate_answers, in_own_process, random_prompts, wish
+from tools.idle import idle_shares
 
 SHAPE = "tiny-llama-3.2-1b"
 tiny = partial(LLM, shape=SHAPE, random_weights=True, dtype="float32", max_requests=4, context=128, prefix_cache=False)
@@ -101,8 +102,17 @@ def test_a_wrong_case_is_shown_as_failed_and_has_no_time(tmp_path, capsys):
     record = tmp_path / "record.json"
     code = bench_engine.main(["--shape", SHAPE, "--context", "1000", "5000", "--quick", "--json", str(record)])
     rows = json.loads(record.read_text())["rows"]
-    assert code == 1 and all("context" in row["failed"] and "ms" not in row for row in rows) and len(rows) == 2
+    assert code == 1 and all("ms" not in row for row in rows) and len(rows) == 2
+    assert all(row["failed"].startswith("context = ") for row in rows), "a message, not the error's repr"
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_wrong_shape_is_one_line(tmp_path, capsys):
+    record = tmp_path / "record.json"
+    assert bench_engine.main(["--shape", "demo", "--quick", "--json", str(record)]) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith("error: shape 'demo' is not known: ") and error.count("\n") == 1
+    assert not out and not record.exists()
 
 
 def test_idle_is_what_no_kernel_covers():
