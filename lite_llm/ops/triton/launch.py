@@ -1,9 +1,10 @@
 """What kernels of one chain share: programmatic dependent launch, prefetches into L2, and arrival tickets.
 
 With programmatic dependent launch (PDL; Hopper and newer) a kernel may start while the one before it still runs. It
-may then touch nothing but weights until it has called `wait`, which returns when the kernel before has ended and its
-writes are visible. Every kernel of ours that is launched so calls `wait` outside of any loop, before it reads or writes
-anything else: so whatever a kernel can see when it goes on is finished, all the way back, and buffers may be reused.
+calls `wait`, which returns when that one has ended and its writes are visible, outside of any loop, on every path.
+Before, it writes nothing and reads nothing but weights; flash-decoding also lengths and slots, which the one before it
+does not write, and the kernels that do have ended: that one releases behind its own wait (`decode.py`). So whatever a
+kernel can see when it goes on is finished, all the way back, and buffers may be reused.
 """
 
 import contextlib
