@@ -22,8 +22,10 @@ OF_A_REQUEST = {"ttft_ms": 0.020, "tpot_ms": 0.010, "e2e_ms": 0.060}  # seconds,
 class FakeSide:
     """Every token takes `step` seconds, the first one twice as long; tokens are 1, 1, 1 ..."""
 
-    def __init__(self, label, step, gap=0.0, times=True, logprob=-1.0):
-        self.name, self.step, self.gap, self.times, self.logprob = label.split(",")[0], step, gap, times, logprob
+    def __init__(self, label, step, gap=0.0, times=True, off=0.0, only=None):
+        """`off`: what its log-probabilities are off by; `only`: of the token there in each answer, None: of all."""
+        self.name, self.step, self.gap, self.times = label.split(",")[0], step, gap, times
+        self.off, self.only = off, only
         self.special, self.ready_s, self.info = frozenset(), 2.0, {"import_s": 1.0}
         self.ran = []
 
@@ -41,7 +43,8 @@ class FakeSide:
         answers = []
         for ask in work.asks:
             times = tuple(ask.at + self.step * (2 + i) for i in range(ask.new))
-            logprobs = (self.logprob,) * (ask.new * work.logprobs)
+            places = range(ask.new) if work.logprobs else ()
+            logprobs = tuple(-1.0 - self.off * (self.only in (None, place)) for place in places)
             answers.append(Answer((1,) * ask.new, ask.at, times if self.times else (), times[-1], logprobs))
         return Run(max(a.ended for a in answers), tuple(answers), 0, None, {})
 
@@ -49,7 +52,7 @@ class FakeSide:
         return [[self.gap] * len(answer) for _, answer in pairs]
 
     def score(self, pairs):
-        return self.gaps(pairs), [[self.logprob] * len(answer) for _, answer in pairs]
+        return self.gaps(pairs), [[-1.0] * len(answer) for _, answer in pairs]
 
 
 @pytest.fixture
@@ -108,10 +111,19 @@ def test_a_wrong_token_refuses_every_speedup(made):
 
 
 @pytest.mark.parametrize("mode", ["latency", "throughput", "online", "startup", "ablation"])
-@pytest.mark.parametrize("off, wrong", [(0.0008, False), (0.0012, True)])
-def test_a_log_probability_that_is_off_refuses_every_speedup(made, mode, off, wrong):
-    """Tokens are the best ones here, and what is timed asks for no log-probabilities."""
-    bench, record, sides, _ = made(ours=FakeSide(OURS, 0.010, logprob=-1.0 - off))
+@pytest.mark.parametrize(
+    "off, only, wrong",
+    [
+        (0.0002, 1, ""),
+        (0.0012, 1, "0.0012 nats from transformers'"),
+        (0.0001, None, ""),
+        (0.0003, None, "root mean square"),
+    ],
+)
+def test_log_probabilities_that_are_off_refuse_every_speedup(made, mode, off, only, wrong):
+    """One of them by more than rounding, or all by a little. Tokens are the best ones here, and what is timed asks for
+    no log-probabilities."""
+    bench, record, sides, _ = made(ours=FakeSide(OURS, 0.010, off=off, only=only))
     {
         "latency": lambda: modes.latency(bench, [job()], [OURS, JUDGE]),
         "throughput": lambda: modes.throughput(bench, [job()], [OURS, JUDGE]),
@@ -120,26 +132,40 @@ def test_a_log_probability_that_is_off_refuses_every_speedup(made, mode, off, wr
         "ablation": lambda: ablated(bench),
     }[mode]()
     ours = [one for one in record.rows if one.side == OURS]
-    assert ours and all((record.refusal(one) is not None) == wrong for one in ours)
+    assert ours and all((record.refusal(one) is not None) == bool(wrong) for one in ours)
     assert any(list(record.comparisons(one)) for one in ours) == (not wrong)
     gates = [gate for gate in record.gates if gate["name"].startswith("log-probabilities")]
     assert gates and all(gate["worst_logprob_nats"] == pytest.approx(off) for gate in gates)
-    assert not wrong or "0.0012 nats from transformers'" in record.refusal(ours[0])
+    assert not wrong or wrong in record.refusal(ours[0])
     timed = [work for kind, work in sides[OURS].ran if kind == "warm"]
     assert mode == "startup" or timed and not any(work.logprobs for work in timed)
 
 
-def test_a_gate_has_the_first_tokens_of_the_whole_batch(made):
+def test_a_gate_has_whole_answers_to_all_requests_of_a_work(made):
+    bench, record, sides, _ = made()
+    work = Work("w", tuple(Ask((1,) * (1 + i), 50, i) for i in range(40)))
+    modes.online(bench, [Job(lambda turn: work, {})], [OURS], 1, 1)
+    (asked,) = [work for kind, work in sides[OURS].ran if work.logprobs]
+    assert [(len(ask.ids), ask.new, ask.at) for ask in asked.asks] == [(1 + i, 50, 0.0) for i in range(40)]
+    sides[JUDGE].gaps = lambda pairs: [[float(len(ids) == 31)] * len(answer) for ids, answer in pairs]
+    bench.gate_first({OURS: sides[OURS]}, work, {})
+    assert [gate["wrong"] is None for gate in record.gates] == [True, True, False]
+
+
+def test_of_many_long_requests_the_longest_and_some_others_are_scored(made):
     bench, _, sides, _ = made()
-    modes.online(bench, [Job(lambda turn: Work("w", tuple(Ask((turn,) * i, 50, i) for i in (1, 7))), {})], [OURS], 1, 1)
-    (first,) = [work for kind, work in sides[OURS].ran if work.logprobs]
-    assert [(len(ask.ids), ask.new, ask.at) for ask in first.asks] == [(1, 12, 0.0), (7, 12, 0.0)]
+    scored = []
+    sides[JUDGE].gaps = lambda pairs: scored.append([len(ids) for ids, _ in pairs]) or [[0.0]] * len(pairs)
+    work = Work("w", tuple(Ask((1,) * (700 + i), 300) for i in range(100)))
+    bench.gate_first({OURS: sides[OURS]}, work, {})
+    assert scored == [[799, 798, 797, 796, *range(795, 699, -4)]]
 
 
 def test_what_was_timed_is_what_is_judged(made):
-    """Short answers are right here, and long ones are not."""
+    """What is asked before is right here, and what is timed of the second work is not."""
     bench, record, sides, _ = made()
-    sides[JUDGE].gaps = lambda pairs: [[0.5 if len(ids) + len(answer) > 32 else 0.0] for ids, answer in pairs]
+    timed = {ask.ids for ask in job(3, 20, 15).works(1).asks}
+    sides[JUDGE].gaps = lambda pairs: [[0.5 * (ids in timed)] for ids, _ in pairs]
     modes.latency(bench, [job(), job(3, 20, 15)], [OURS, JUDGE])
     assert [gate["wrong"] is None for gate in record.gates] == [True, True, True, False]
     assert record.refusal(row(record, OURS, prompt=20)).startswith("greedy tokens, b3 in20 out15: a token is 0.5 nats")

@@ -67,6 +67,10 @@ def test_ratios_without_the_opponents_rows_name_them():
     near = {"median": 1.02, "low": 1.01, "high": 1.03}
     text = told(record(row(against=[compared(), compared("vllm", differs=False, ratio=near)])), 200)
     assert "(1.01-1.03) no difference against vllm" in text
+    for wide in ({"median": 1.0, "low": 0.0, "high": 1.02}, {"median": 1.0, "low": 0.98, "high": 1.11}):
+        assert "not told apart against vllm" in told(
+            record(row(against=[compared(), compared("vllm", differs=False, ratio=wide)])), 200
+        )
 
 
 def test_a_variant_is_compared_in_words():

@@ -18,7 +18,7 @@ from tools.benchmark import stats
 from tools.benchmark.limits import Limit
 from tools.benchmark.record import Record, spread
 from tools.benchmark.sides import SERVERS, Limits, Model, Side, SideFailed, available
-from tools.benchmark.work import Run, Work, batch, beginning
+from tools.benchmark.work import Run, Work, batch, told
 
 OURS, JUDGE = "lite_llm", "transformers"
 AGAIN = "lite_llm, again"  # an opponent that is ourselves: what differs then is noise, or the benchmark is wrong
@@ -30,7 +30,9 @@ View = Callable[[], contextlib.AbstractContextManager[Callable[[dict], None]]]
 Works = Callable[[int], Work]
 """The work of a round: the same shape each time, other ids."""
 NOTHING: Mapping = MappingProxyType({})
-_FIRST = 12  # tokens of an answer of a gate before the timing
+_FIRST = 12  # tokens of an answer of a gate before anything is timed
+_NOISE = 5  # how many times less than the worst distance of a log-probability their root mean square may be
+_SCORED = 1 << 15  # tokens of a work that are scored, prompts and answers; of longer works some requests
 
 
 @dataclass(frozen=True)
@@ -164,15 +166,15 @@ class Bench:
                 self._score({"name": "greedy tokens", "side": label}, [(work, side.run(work)) for work in works])
 
     def gate_first(self, sides: dict[str, Side], work: Work, about: dict) -> None:
-        """Before a work is timed, the first tokens of our own answers to it and the log-probabilities that we report.
+        """Before a work is timed, our own answers to it and the log-probabilities that we report.
 
         Greedy tokens survive what moves all logits a little; these do not. What is timed asks for none.
         """
-        first = beginning(work, _FIRST)
+        work = told(work)
         for label, side in sides.items():
             if side.name == OURS:
                 gate = {"name": f"log-probabilities, {work.name}", "side": label, "work": about}
-                self._score(gate, [(first, side.run(first))])
+                self._score(gate, [(work, side.run(work))])
 
     def judge(self, runs: dict[str, list[Run]], work: Work, about: dict) -> None:
         """Answers that were timed, the first round's, scored: a gate for each label, a side or a variant of ours.
@@ -184,31 +186,34 @@ class Bench:
                 self._score({"name": f"greedy tokens, {work.name}", "side": label, "work": about}, [(work, mine[0])])
 
     def _score(self, gate: dict, answered: Sequence[tuple[Work, Run]]) -> None:
-        """Of each work the longest requests and some others: how far a token is below transformers' best, and how far
-        its log-probability, if the work asks for it, is from transformers'."""
+        """Of each work all requests, or the longest and some others: how far a token is below transformers' best, and
+        how far its log-probability, if the work asks for it, is from transformers'."""
         self.say(f"{gate['name']}: are those of {gate['side']} right?")
-        worst, apart = 0.0, None
+        worst, apart = 0.0, []
         try:
             judge = self.open(JUDGE)
             for work, run in answered:
                 pairs = list(zip(work.asks, run.answers, strict=True))
                 pairs.sort(key=lambda pair: -len(pair[0].ids) - pair[0].new)
-                some = pairs[:4] + pairs[4 :: max((len(pairs) - 4) // 4, 1)][:4]
+                tokens = sum(len(ask.ids) + ask.new for ask in work.asks)
+                some = pairs[:4] + pairs[4 :: -(-tokens // _SCORED)]
                 gaps, right = judge.score([(ask.ids, answer.tokens) for ask, answer in some])
                 worst = max(worst, *map(max, gaps))
                 if work.logprobs:
                     both = zip((answer.logprobs for _, answer in some), right, strict=True)
-                    apart = max(apart or 0.0, *(abs(a - b) for row in both for a, b in zip(*row, strict=True)))
+                    apart += [abs(a - b) for row in both for a, b in zip(*row, strict=True)]
         except SideFailed as error:
             self.record.add_gate(gate | {"wrong": f"nobody to judge: {error.message}"})
             return
         wrong, most = None, near(self.facts.dtype)
         if worst > most:
             wrong = f"a token is {worst:.3g} nats below transformers' best"
-        elif apart is not None and apart > most:
-            wrong = f"a token's log-probability is {apart:.3g} nats from transformers'"
-        told = {} if apart is None else {"worst_logprob_nats": apart}
-        self.record.add_gate(gate | {"wrong": wrong, "worst_gap_nats": worst} | told)
+        elif apart and max(apart) > most:
+            wrong = f"a token's log-probability is {max(apart):.3g} nats from transformers'"
+        elif apart and stats.rms(apart) > most / _NOISE:
+            wrong = f"log-probabilities are {stats.rms(apart):.3g} nats from transformers', root mean square"
+        found = {"worst_logprob_nats": max(apart), "rms_logprob_nats": stats.rms(apart)} if apart else {}
+        self.record.add_gate(gate | {"wrong": wrong, "worst_gap_nats": worst} | found)
 
 
 def figure(values: Sequence[float], scale: float = 1.0, limit: Limit | None = None) -> dict:

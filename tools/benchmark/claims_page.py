@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from lite_llm.errors import UsageError
 from tools.benchmark.claims_record import ClaimRow, Document
 from tools.benchmark.claims_texts import CLAIMS, Claim
-from tools.benchmark.stats import SAME
+from tools.benchmark.stats import SAME, SCATTER, alike
 from tools.benchmark.table import held_back, number
 
 _TITLES = {
@@ -34,8 +34,8 @@ _NOTHING = """\
 _HOW = f"""\
 A ratio is that of the seconds of whole runs, taken by turns: how many times as fast the first is as the second; the
 median, and in brackets the interval that holds the true one 95 times in 100. One run has none. "No difference" stands
-where the ratio is within {SAME:.0%} of 1, for two processes of one program differ by as much; "not told apart" where
-it is further away and the interval holds 1, for there the runs scatter too much. "Limit" is the least time that the
+where the ratio is within {SAME:.0%} of 1, for two processes of one program differ by as much, and its interval within
+{SCATTER:.0%}; "not told apart" where the runs scatter too much to say. "Limit" is the least time that the
 weights, keys and values and flops of the work allow at the copy and matmul rates of the same machine, as a share of the
 time that was measured. Greedy tokens of every side are scored by eager transformers, the judge; where one is wrong,
 where sides made unequal numbers of tokens, or where a kernel was compiled inside the timing, the row is refused and
@@ -142,6 +142,5 @@ def _ratio(one: dict) -> str:
     ratio = one["ratio"]
     if ratio["low"] == ratio["high"]:
         return f"{ratio['median']:.2f}"
-    scattered = ratio["low"] <= 1 <= ratio["high"] and abs(ratio["median"] - 1) > SAME
-    same = "" if one["differs"] is not False else ", not told apart" if scattered else ", no difference"
+    same = f", {alike(ratio)}" if one["differs"] is False else ""
     return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}{same})"

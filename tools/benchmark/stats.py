@@ -5,7 +5,7 @@ Times are in seconds, counted from when a request should have been sent: a side 
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lite_llm.errors import UsageError
@@ -13,6 +13,8 @@ from tools.benchmark.work import Run, Work
 
 SAME = 0.03
 """Two processes of one program differ by as much, whatever the rounds: less is not called a difference."""
+SCATTER = 0.1
+"""How far from 1 an interval may reach where there is said to be no difference; beyond, runs tell too little."""
 
 # The median of n values of a normal distribution lies within this many of their standard deviations of the true one
 # 95 times in 100: simulated, a million draws each.
@@ -27,6 +29,17 @@ class Ratio:
     low: float
     high: float
     differs: bool | None
+
+
+def alike(ratio: Mapping[str, float]) -> str:
+    """What is said of a ratio (median, low, high) that is not called a difference."""
+    near = abs(ratio["median"] - 1) <= SAME and 1 - SCATTER <= ratio["low"] <= ratio["high"] <= 1 + SCATTER
+    return "no difference" if near else "not told apart"
+
+
+def rms(values: Sequence[float]) -> float:
+    """Root mean square."""
+    return math.sqrt(statistics.fmean(value * value for value in values))
 
 
 def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:

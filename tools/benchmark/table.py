@@ -26,7 +26,7 @@ from tools.benchmark.record import (
     middle,
     replace_file,
 )
-from tools.benchmark.stats import SAME
+from tools.benchmark.stats import SAME, SCATTER, alike
 
 TITLES = {
     "ttft_ms": ("first token", "ms"), "tpot_ms": ("per token", "ms"), "e2e_ms": ("end to end", "ms"),
@@ -39,8 +39,8 @@ VERDICT_STYLE = {"equal": "green", "noise": "yellow", "bug": "bold red"}
 HARMLESS = {"gpu_idle", "applications_clocks_setting", "display_clock_setting"}
 """Throttle reasons that hold no measurement back."""
 ALIKE = (
-    f"no difference: the ratio is within {SAME:.0%} of 1, as of one program run twice; not told apart: it is further "
-    "away, and the interval holds 1"
+    f"no difference: the ratio is within {SAME:.0%} of 1, as of one program run twice, and its interval within "
+    f"{SCATTER:.0%}; not told apart: it is not, and the interval holds 1 or the ratio is within {SAME:.0%} of it"
 )
 LIMITED = {
     "online": ", at the median, a request that has the machine to itself",
@@ -251,13 +251,9 @@ def _ratios(record: Record, rows: list[Row]) -> tuple[dict[str, list[str]], str]
     subjects = {pair.row.side for pair in pairs}
     beside = len(subjects) == 1 and rows[0].mode != "ablation" and all(pair.other for pair in pairs)
     for pair in pairs:
-        words = _ratio(pair) + ([] if pair.differs is not False else [_alike(pair)])
+        words = _ratio(pair) + ([] if pair.differs is not False else [alike(pair.ratio)])
         found[pair.other.key if beside else pair.row.key] += words if beside else [*words, f"against {pair.side}"]
     return found, f"{subjects.pop()} is\nas fast" if beside else "as fast"
-
-
-def _alike(pair: Comparison) -> str:
-    return "no difference" if abs(pair.ratio["median"] - 1) <= SAME else "not told apart"
 
 
 def _ratio(pair: Comparison) -> list[str]:

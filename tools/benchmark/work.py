@@ -177,9 +177,9 @@ def batch(vocab: int, batch: int, prompt: int, new: int, seed: int, banned: froz
     return Work(f"b{batch} in{prompt} out{new}", asks, seed=seed)
 
 
-def beginning(work: Work, most: int) -> Work:
-    """The first tokens of each answer, `most` at most, with their log-probabilities; all requests come at once."""
-    return replace(work, asks=tuple(Ask(ask.ids, min(ask.new, most)) for ask in work.asks), logprobs=True)
+def told(work: Work) -> Work:
+    """The same with the log-probabilities of all tokens; all requests come at once."""
+    return replace(work, asks=tuple(Ask(ask.ids, ask.new) for ask in work.asks), logprobs=True)
 
 
 def many(
