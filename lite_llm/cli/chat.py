@@ -62,6 +62,13 @@ class Chat:
             if isinstance(result, commands.Look):
                 pictures.add(self._session, self._screen, result.source)
                 return ""
+            if isinstance(result, commands.Watch):
+                if self._screen.err.isatty():
+                    from lite_llm.cli.top import watch  # rich
+
+                    watch(self._session.llm)
+                    return ""
+                result = result.still
             self._screen.note(result, loud=True)
             return ""
         return line if line.strip() else ""

@@ -50,14 +50,21 @@ class Look:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """A command's wish: show the requests in flight while they run; `still` is one moment, for what is no terminal."""
+
+    still: str
+
+
+@dataclass(frozen=True)
 class Command:
     name: str
     arguments: str
     help: str
-    run: Callable[[Session, str], str | Again | Look]
+    run: Callable[[Session, str], str | Again | Look | Watch]
 
 
-def run(session: Session, line: str) -> str | Again | Look:
+def run(session: Session, line: str) -> str | Again | Look | Watch:
     """Carry out a line that begins with one slash. UsageError says what is wrong with it; Leave ends the chat."""
     name, _, argument = line[1:].partition(" ")
     if name not in TABLE:
@@ -254,10 +261,12 @@ def _why(session: Session, argument: str) -> str:
     return why(cfg, plan, session.last)
 
 
-def _top(session: Session, argument: str) -> str:
+def _top(session: Session, argument: str) -> str | Watch:
     from lite_llm.cli.flight import top  # torch and rich, as above
+    from lite_llm.cli.remote import Remote
 
-    return top(session.llm.in_flight(), session.last, session.context, width() - 1)
+    still = top(session.llm.in_flight(), session.last, session.context, width() - 1)
+    return Watch(still) if isinstance(session.llm, Remote) else still  # here nothing runs while the user types
 
 
 def _exit(session: Session, argument: str) -> str:
@@ -280,7 +289,7 @@ TABLE = {
         Command("load", "FILE", "go on with a saved conversation", _load),
         Command("stats", "", "tokens and times so far", _stats),
         Command("why", "", "the last answer's speed against what the memory allows", _why),
-        Command("top", "", "the requests in flight, and the slots they hold", _top),
+        Command("top", "", "the requests in flight, and the slots they hold; live if a server answers", _top),
         Command("exit", "", "leave; Ctrl-D does too", _exit),
     )
 }

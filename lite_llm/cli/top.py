@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lite_llm.cli import args
 from lite_llm.cli.client import Client
-from lite_llm.cli.flight import FRAME, FlightView, top
+from lite_llm.cli.flight import FRAME, FlightView, Watched, top
 from lite_llm.cli.keys import CTRL_D, Keys
 from lite_llm.cli.screen import Screen, width
 from lite_llm.cli.serve import KEY
@@ -27,9 +27,14 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     if options.once or not screen.err.isatty():
         screen.out.write(top(client.in_flight(), None, 0, width()) + "\n")
         return 0
+    watch(client)
+    return 0
+
+
+def watch(watched: Watched) -> None:
+    """Show its requests until q or Ctrl-D; KeyboardInterrupt passes through."""
     with Keys() as keys, FlightView(hint="q or Ctrl-C leaves" if keys.heard else "Ctrl-C leaves") as view:
         key = ""
         while key not in ("q", "Q", CTRL_D):
-            view.update(client)
+            view.update(watched)
             key = keys.wait(FRAME)
-    return 0

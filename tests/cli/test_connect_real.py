@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,11 +96,27 @@ def test_a_dialogue_in_a_terminal(server, tmp_path, monkeypatch):
         terminal.send("/why\r")
         terminal.wait("the model runs in a server")
         terminal.send("/top\r")
+        terminal.wait("0 running.*?q or Ctrl-C leaves")
+        with ThreadPoolExecutor(1) as other:  # its request is seen while it runs, and what follows it
+            asked = other.submit(another, server)
+            terminal.wait("1 running.*?decoding.*?0 running")
+            assert asked.result().completion_tokens == 24
+        terminal.send("q")
+        terminal.wait(PROMPT)
+        terminal.send("/top\r")
         terminal.wait("0 running")
+        terminal.send("\x03")
         terminal.wait(PROMPT)
         terminal.send("/exit\r")
         assert terminal.exit_code() == 0
     assert b"Traceback" not in terminal.seen
+
+
+def another(server):
+    """What a stranger's request used."""
+    client = server.openai.with_options(api_key="secret")
+    wish = {"max_tokens": 24, "extra_body": {"ignore_eos": True}}
+    return client.completions.create(model="demo/chat", prompt="Hello", **wish).usage
 
 
 def test_pictures_go_as_data_urls(tmp_path, monkeypatch, capsys):
