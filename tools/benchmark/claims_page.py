@@ -43,8 +43,13 @@ shows no ratio.
 
 **Eager transformers is as fast as a host's CPU launches kernels.** On the hosts that were lent, a step of Llama-3.2-1B
 took it from 9 to 20 ms, with the same GPU and software, so a ratio over it says as much of the host. Two to four
-benchmarks ran on a host at a time. Up to commit 931109e (Llama 2) it ran with cuDNN's attention, which stops for some
-50 ms at a length of the cache that it has not met of late; warm-ups met most lengths there.
+benchmarks ran on a host at a time, and how often a row ran stands in it: some of the long ones once. Up to commit
+931109e (Llama 2) it ran with cuDNN's attention, which stops for some 50 ms at a length of the cache that it has not met
+of late; warm-ups met most lengths there.
+
+**Not repeated of the originals:** fp16 (bf16 alone ran), the ladder at 2,000 and 8,000 tokens, batch 1 and 64 of
+Colossal-Inference's table, more than one seed of arrivals, latencies under Poisson arrivals of Energon-AI's batches,
+transformers or a 13B under Flover's arrivals.
 """
 
 

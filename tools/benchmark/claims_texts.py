@@ -77,7 +77,7 @@ CLAIMS = (
         "requests on average: 11.2x / 9.1x / 4.2x. Random lengths up to 512 on a 13B: 172.8 s against 21.5 s.",
         "Llama-2-7B, of about GPT-J's size, all on our engine: continuous batching (by the wall clock) against one "
         "request at a time and against batches that are gathered for a fixed time and that nobody joins. Batches are "
-        "measured once each, a single request too; when a server of batches waits is arithmetic over the arrivals. "
+        "measured once each; one request at a time, and when a server of batches waits, is arithmetic over arrivals. "
         "Gaps are given as in the claim, and in latencies of one request here (500 ms were 0.09 of theirs): on a "
         "faster GPU the same 500 ms are more of them. A row says how many runs of ours it has.",
         (
