@@ -112,6 +112,9 @@ def _told(args: Namespace, record: Record, before: Record | None, failed: BaseEx
         console.print(baseline.summary(record, before, findings), markup=False, highlight=False)
     refused = any(record.refusal(row) or row.figures.get("verdict") == "bug" for row in record.rows)
     refused = refused or any(gate["wrong"] for gate in record.gates)
+    if any(pair.side == AGAIN and pair.differs for row in record.rows for pair in record.comparisons(row)):
+        console.print("the same program twice differs: by that much no other ratio of this machine can be believed")
+        refused = True
     return int(refused or any(finding.fails for finding in findings))
 
 
