@@ -13,7 +13,8 @@ import pytest
 
 from lite_llm import ops
 from lite_llm.errors import EnvironmentProblem, UsageError
-from tests.tools.test_benchmark_record import row
+from tests.tools.test_benchmark_record import compared, row
+from tests.tools.test_benchmark_record import record as a_record
 from tools.benchmark import arguments
 from tools.benchmark import bench as benches
 from tools.benchmark import main as program
@@ -91,6 +92,15 @@ def test_a_broken_kernel_gets_no_speedup(tmp_path, monkeypatch, capsys, bug, why
     assert "no speed-up is shown" in told and why in told and "is as fast" not in told and "x (" not in told
     if bug == "tilted" and not words:
         assert record.gates[1]["wrong"] is None, "its tokens are right: they alone would show the speed-up"
+
+
+@pytest.mark.parametrize("differs", [True, False])
+@pytest.mark.parametrize("side", ["transformers", benches.AGAIN])
+def test_the_same_program_twice_must_not_differ(side, differs, capsys):
+    made = a_record(row(against=[compared(side, differs=differs)]), row(side=side))
+    code = program._told(Namespace(csv=None, plot=None), made, None, None)
+    wrong = differs and side == benches.AGAIN
+    assert code == wrong and ("the same program twice differs" in capsys.readouterr().out) == wrong
 
 
 def test_the_script_itself_refuses_what_it_does_not_know():
