@@ -1,5 +1,6 @@
 """Attention kernels against float64: any length, any batch, any slot; foreign slots hold poison and change no bit."""
 
+import contextlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from lite_llm.ops import reference
+from lite_llm.ops.triton import attention, launch
 from tests.close import DEVICE, DTYPES, assert_close
 from tests.ops.attention import GPU, INF, NAN, case, check, exact
 
@@ -173,6 +175,44 @@ def test_decodes_only_chooses_the_kernel():
         check(replace(c, decodes=decodes))
 
 
+def test_prompts_and_decodes_run_on_two_streams_and_what_comes_next_waits_for_both(monkeypatch):
+    """The streams here are lists of what they were told; the kernels say where they were launched."""
+
+    class Stream(list):
+        cuda_stream = 1
+
+        def wait_stream(self, other):
+            self.append(("waits", other))
+
+    here, there, current, ran = Stream(), Stream(), [], []
+    monkeypatch.setattr(launch, "_aside", lambda device, stream: there)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    def kernel(name):
+        return lambda *args: ran.append((name, bool(current), [*here], [*there]))
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(attention, "aside", lambda device, needed: launch.aside(torch.device("cuda"), needed))
+    monkeypatch.setattr(attention, "decode", kernel("decode"))
+    monkeypatch.setattr(attention, "attend_flash", kernel("prompts"))
+    waits = [("waits", here)]
+    for c, launched in (
+        (case([5, 9, 7], [1, 1, 4], dtype=torch.float32), [("prompts", True, [], waits), ("decode", False, [], waits)]),
+        (case([5, 9], dtype=torch.float32), [("decode", False, [], [])]),
+        (case([5, 9], [3, 4], dtype=torch.float32), [("prompts", False, [], [])]),
+    ):
+        attention.attend(c.q, c.k_pool, c.v_pool, c.table, c.rows, c.q_start, c.kv_len, c.decodes, 1.0)
+        assert ran == launched and here == ([("waits", there)] if len(launched) > 1 else [])
+        for told in (ran, here, there):
+            told.clear()
+
+
 def test_more_requests_than_one_look_at_their_starts():
     lengths = [1 + b % 3 for b in range(130)]
     check(case(lengths, lengths, heads=1, kv_heads=1, head_dim=16, decodes=0))
@@ -225,6 +265,7 @@ def test_rows_of_a_wider_table():
 FAR = """
 import torch
 from lite_llm.ops import reference
+from lite_llm.ops.triton import attention, launch
 from lite_llm.ops.triton.attention import attend
 from tests.close import assert_close
 kv_heads, head_dim = 8, 128

@@ -35,7 +35,7 @@ def attend(
 ) -> Tensor:
     _check(q, k_pool, v_pool, table, rows, q_start, kv_len, decodes, scale, window, causal)
     out = torch.empty_like(q)
-    # Decodes wait for memory, prompts for the tensor cores and for each other: they run beside each other.
+    # Decodes wait for memory, prompts for the tensor cores: each may run where the other leaves room.
     with aside(q.device, needed=0 < decodes < len(q)) as join:
         if len(q) > decodes:
             kernel = tuning.choose_attend(q.device, q.shape[2], q.element_size(), window is not None).kernel
@@ -149,7 +149,7 @@ def _attend_kernel(
     `requests` counts those after the first `decodes`; a last one without keys owns the pad rows and gives them zeros.
     """
     kv_head = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles of a prompt see the most keys: longest first
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tiles of a prompt see the most keys
     rows += decodes
     q_start += decodes
     kv_len += decodes
