@@ -25,9 +25,8 @@ class FakeSide:
     def __init__(self, label, step, gap=0.0, times=True, off=0.0, only=None):
         """`off`: what its log-probabilities are off by; `only`: of the token there in each answer, None: of all."""
         self.name, self.step, self.gap, self.times = label.split(",")[0], step, gap, times
-        self.off, self.only = off, only
         self.special, self.ready_s, self.info = frozenset(), 2.0, {"import_s": 1.0}
-        self.ran = []
+        self.ran, self.off, self.only = [], off, only
 
     def __enter__(self):
         return self
@@ -43,9 +42,8 @@ class FakeSide:
         answers = []
         for ask in work.asks:
             times = tuple(ask.at + self.step * (2 + i) for i in range(ask.new))
-            places = range(ask.new) if work.logprobs else ()
-            logprobs = tuple(-1.0 - self.off * (self.only in (None, place)) for place in places)
-            answers.append(Answer((1,) * ask.new, ask.at, times if self.times else (), times[-1], logprobs))
+            logprobs = (-1.0 - self.off * (self.only in (None, i)) for i in range(ask.new * work.logprobs))
+            answers.append(Answer((1,) * ask.new, ask.at, times if self.times else (), times[-1], tuple(logprobs)))
         return Run(max(a.ended for a in answers), tuple(answers), 0, None, {})
 
     def gaps(self, pairs):
@@ -111,18 +109,12 @@ def test_a_wrong_token_refuses_every_speedup(made):
 
 
 @pytest.mark.parametrize("mode", ["latency", "throughput", "online", "startup", "ablation"])
-@pytest.mark.parametrize(
-    "off, only, wrong",
-    [
-        (0.0002, 1, ""),
-        (0.0012, 1, "0.0012 nats from transformers'"),
-        (0.0001, None, ""),
-        (0.0003, None, "root mean square"),
-    ],
-)
+@pytest.mark.parametrize("off, only, wrong", [
+    (0.0002, 1, ""), (0.0012, 1, "0.0012 nats from transformers'"),
+    (0.0001, None, ""), (0.0003, None, "root mean square"),
+])  # fmt: skip
 def test_log_probabilities_that_are_off_refuse_every_speedup(made, mode, off, only, wrong):
-    """One of them by more than rounding, or all by a little. Tokens are the best ones here, and what is timed asks for
-    no log-probabilities."""
+    """One of them by more than rounding, or all by a little. What is timed asks for none."""
     bench, record, sides, _ = made(ours=FakeSide(OURS, 0.010, off=off, only=only))
     {
         "latency": lambda: modes.latency(bench, [job()], [OURS, JUDGE]),
@@ -150,14 +142,9 @@ def test_a_gate_has_whole_answers_to_all_requests_of_a_work(made):
     sides[JUDGE].gaps = lambda pairs: [[float(len(ids) == 31)] * len(answer) for ids, answer in pairs]
     bench.gate_first({OURS: sides[OURS]}, work, {})
     assert [gate["wrong"] is None for gate in record.gates] == [True, True, False]
-
-
-def test_of_many_long_requests_the_longest_and_some_others_are_scored(made):
-    bench, _, sides, _ = made()
-    scored = []
+    scored = []  # of many long requests the longest and some others
     sides[JUDGE].gaps = lambda pairs: scored.append([len(ids) for ids, _ in pairs]) or [[0.0]] * len(pairs)
-    work = Work("w", tuple(Ask((1,) * (700 + i), 300) for i in range(100)))
-    bench.gate_first({OURS: sides[OURS]}, work, {})
+    bench.gate_first({OURS: sides[OURS]}, Work("w", tuple(Ask((1,) * (700 + i), 300) for i in range(100))), {})
     assert scored == [[799, 798, 797, 796, *range(795, 699, -4)]]
 
 
