@@ -319,7 +319,7 @@ def test_tokens_join_while_the_loop_is_busy_and_half_of_its_time_is_for_others(d
 
         def hand_out() -> None:
             began = time.monotonic()
-            time.sleep(0.05)
+            time.sleep(0.1)  # so long that an engine of 15 ms a token still makes enough of them for the bound below
             rounds.append((began, time.monotonic(), sum(len(row[3]) for row in waiting)))
             waiting.clear()
 
@@ -339,10 +339,8 @@ def test_tokens_join_while_the_loop_is_busy_and_half_of_its_time_is_for_others(d
 
     with opened(kind=RemoteLLM) as llm:
         rounds = asyncio.run(use(llm))
-    seconds = rounds[-1][1] - rounds[0][0]
-    assert sum(tokens for *_, tokens in rounds) == 300
-    assert len(rounds) < max(30, 12 * seconds)  # a round takes a tenth of a second, and an engine may take more than 3
-    assert all(after - ended > 0.045 for (_, ended, _), (after, *_) in pairwise(rounds))
+    assert sum(tokens for *_, tokens in rounds) == 300 and len(rounds) < 30
+    assert all(after - ended > 0.095 for (_, ended, _), (after, *_) in pairwise(rounds))
 
 
 def test_an_order_that_the_link_does_not_take_at_once_arrives_and_nobody_waits_for_it(alone):
