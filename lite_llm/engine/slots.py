@@ -1,5 +1,6 @@
 """Which slots of the KV pool are free. Hands them out in runs, takes them back one by one."""
 
+import contextlib
 import heapq
 from collections.abc import Iterable
 
@@ -55,7 +56,11 @@ class SlotPool:
         slots = list(slots)
         if not slots:
             return
-        ordered = np.sort(np.array(slots)) if set(map(type, slots)) == {int} else None
+        ordered = None
+        if set(map(type, slots)) == {int}:
+            with contextlib.suppress(OverflowError):  # beyond 64 bits
+                ordered = np.fromiter(slots, np.int64, len(slots))
+                ordered.sort(kind="stable")  # the one that is quick where most is in order
         if ordered is None or not 0 < ordered[0] <= ordered[-1] < self.total:
             wrong = next(slot for slot in slots if type(slot) is not int or not 0 < slot < self.total)
             raise SlotError(f"slot {wrong!r} of {self.total} is not in use and cannot be freed")

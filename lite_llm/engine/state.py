@@ -114,7 +114,7 @@ class DeviceState:
     def _slots(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         first, end = request.written, len(request.slots)
         start = self._at["table"] + request.row * self.table.shape[1]
-        return np.arange(start + first, start + end), np.array(request.slots[first:], dtype=np.int32)
+        return np.arange(start + first, start + end), np.fromiter(request.slots[first:], np.int32, end - first)
 
     def _count(self, request: Request) -> None:
         """The tables as wide as the vocabulary, for a request that needs them."""

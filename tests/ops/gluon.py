@@ -22,7 +22,7 @@ PATIENCE = 20.0
 def load(paths: list[Path], kernel: str, seed: int = 0, **names: Any) -> Callable:
     """The function `kernel` of some files: call it with Pointers, Boxes, numbers, and `programs=`.
 
-    `names`: what the files import and is none of Gluon's, nor in another of them.
+    `names`: what the files import and is none of Gluon's, nor in another of them; constants in place of theirs.
     """
     tree = _Rewrite().visit(ast.parse("\n".join(path.read_text() for path in paths)))
     tree.body = [n for n in tree.body if not isinstance(n, ast.Import | ast.ImportFrom | ast.ClassDef)]
@@ -36,6 +36,7 @@ def load(paths: list[Path], kernel: str, seed: int = 0, **names: Any) -> Callabl
     machine = _Machine(seed)
     scope = machine.names() | names
     exec(compile(ast.fix_missing_locations(tree), kernel, "exec"), scope)
+    scope |= names
 
     def launch(*args: Any, programs: int, **constants: Any) -> None:
         machine.run(programs, lambda: scope[kernel](*args, **constants))
@@ -246,7 +247,7 @@ class _Machine:
         gl = SimpleNamespace(
             constexpr=_Constant, int32=np.int32, int64="barrier", float32=np.float32, bfloat16=np.float32,
             float16=np.float32, barrier=lambda: None, warp_specialize=self.specialize, atomic_add=self.add,
-            allocate_shared_memory=self.allocate, static_range=range,
+            allocate_shared_memory=self.allocate, static_range=range, to_tensor=int,
             program_id=lambda axis: self.here.program, num_programs=lambda axis: self.here.programs,
             load=lambda at, mask=None, other=0: at.read(mask, other),
             store=lambda at, value, mask=None: at.write(value, mask),

@@ -23,9 +23,11 @@ GPU = pytest.mark.gpu
 SOURCES = [Path(lite_llm.ops.triton.__file__).parent / f"{name}.py" for name in ("hopper_multiply", "hopper")]
 
 
-def emulated(c: Case, programs: int = 3, keys: int = 16, stages: int = 2, seed: int = 0) -> Tensor:
+def emulated(
+    c: Case, programs: int = 3, keys: int = 16, stages: int = 2, seed: int = 0, in_l2: int = 8 << 20
+) -> Tensor:  # fmt: skip
     """What the kernel's source writes where warp groups are threads; blocks are small, so that few keys are many."""
-    names = {"LOG2E": LOG2E.value, "LOWEST": np.float32(LOWEST.value)}
+    names = {"LOG2E": LOG2E.value, "LOWEST": np.float32(LOWEST.value), "_IN_L2": in_l2}
     kernel = gluon.load(SOURCES, "_hopper_kernel", seed, **names)
     tensors = (c.q, c.k_pool, c.v_pool, c.table, c.rows, c.q_start, c.kv_len)
     q, k, v, table, rows, q_start, kv_len = (t.cpu().numpy() for t in tensors)
@@ -74,13 +76,13 @@ def any_case(seed: int) -> tuple[Case, dict]:
     lengths = [max(0, n + r.choice([0, 0, 1, 15, 16, 17, 200, 500, -2, -n])) for n in new]
     decodes = r.randint(0, requests - 1) if causal and r.random() < 0.3 else 0
     new[:decodes], lengths[:decodes] = [1] * decodes, [9] * decodes
-    kv_heads, group = r.choice([1, 2, 3]), r.choice([1, 2, 3, 4, 7, 8])
+    kv_heads, group = r.choice([1, 2, 3, 4, 6]), r.choice([1, 2, 3, 4, 7, 8])
     window = r.choice([None, None, 1, 7, 16, 40, 300]) if causal else None
     c = case(lengths, new, group * kv_heads, kv_heads, 16, window=window, decodes=decodes)
     c = replace(c, causal=causal)
     if r.random() < 0.4:
         c = in_runs(c)
-    how = {"programs": r.choice([1, 2, 5]), "stages": r.choice([2, 3, 4])}
+    how = {"programs": r.choice([1, 2, 5]), "stages": r.choice([2, 3, 4]), "in_l2": r.choice([1, 1 << 14, 8 << 20])}
     return c, how | {"keys": r.choice([16, 32]), "seed": seed}
 
 
@@ -113,21 +115,35 @@ def test_many_tiles_of_one_block_each():
         schedule(c, programs=1, seed=seed)
 
 
-@pytest.mark.cpu
-def test_the_longest_tiles_are_begun_first(monkeypatch):
-    """Whoever asks next gets a tile of the highest level that is left: a sixteenth of the longest request's keys."""
-    begun, lengths = [], [2000, 900, 40, 1300, 1999]
-    starts = np.cumsum([0, *lengths])
+def begun(monkeypatch, c: Case, **how) -> np.ndarray:
+    """The (token, head) pairs that tiles begin with, counted through, as one program takes them."""
+    found = []
 
     class Noted(gluon.Pointer):
         def read(self, mask, other):
-            if len(self.memory) == starts[-1] and np.ndim(self.at) == 2:
-                begun.append(int(np.asarray(self.at)[0, 0]) // 16)
+            if len(self.memory) == len(c.q) and np.ndim(self.at) == 2:
+                found.append(int(np.asarray(self.at)[0, 0]) // c.q.shape[2])
             return super().read(mask, other)
 
     monkeypatch.setattr(gluon, "Pointer", Noted)
-    emulated(in_runs(case(lengths, lengths, 1, 1, 16, decodes=0)), programs=1, keys=128)
-    firsts = np.array(begun[::2])  # of the two warp groups' halves of a tile
+    emulated(c, programs=1, **how)
+    return np.array(found[::2])  # of the two warp groups' halves of a tile
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_as_many_heads_are_begun_together_as_l2_holds_the_keys_of(monkeypatch, heads):
+    c = in_runs(case([700, 300], [700, 300], 4, 4, 16, decodes=0))
+    group = begun(monkeypatch, c, in_l2=1000 * heads * 16) % 4 // heads
+    assert (np.diff(group) >= 0).all() and len(group) == 4 * (6 + 3)
+
+
+@pytest.mark.cpu
+def test_the_longest_tiles_are_begun_first(monkeypatch):
+    """Whoever asks next gets a tile of the highest level that is left: a sixteenth of the longest request's keys."""
+    lengths = [2000, 900, 40, 1300, 1999]
+    starts = np.cumsum([0, *lengths])
+    firsts = begun(monkeypatch, in_runs(case(lengths, lengths, 1, 1, 16, decodes=0)), keys=128)
     ends = firsts - starts[np.searchsorted(starts, firsts, "right") - 1] + 128
     levels = np.minimum(ends // (max(lengths) // 16 + 1), 15)
     assert len(ends) == sum(-(-n // 128) for n in lengths) and (np.diff(levels) <= 0).all()

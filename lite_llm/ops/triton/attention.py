@@ -220,7 +220,7 @@ def _attend_kernel(
             KV_HEADS, HEAD_DIM, WIDE, True, WINDOWED, BLOCK_N,
         )  # fmt: skip
 
-    acc = acc / tl.where(total == 0, 1.0, total)[:, None]  # a row that sees no key gets zeros
+    acc = acc * (1.0 / tl.where(total == 0, 1.0, total))[:, None]  # a row that sees no key gets zeros
     tl.store(out + at, acc.to(out.dtype.element_ty), real)
 
 

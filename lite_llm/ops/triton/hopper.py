@@ -2,7 +2,9 @@
 
 A tile is 64 (token, head) pairs per multiplying warp group, all of one request and one KV head. Its keys come in blocks
 from the last to the first, so that only the first blocks need masks. A block whose slots are neighbours is one box for
-the copy engine; any other is gathered slot by slot. Written in Gluon, which Triton's interpreter cannot run.
+the copy engine; any other is gathered slot by slot. Which tile comes next is found out while the one before it is
+multiplied: the longest first, of as many KV heads at a time as L2 holds (both as FlashAttention-3 has it). Written in
+Gluon, which Triton's interpreter cannot run.
 """
 
 import torch
@@ -27,13 +29,14 @@ _load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 
 _REQUESTS = gl.constexpr(128)  # that the search for a tile looks at together
 _LEVELS = gl.constexpr(16)
+_IN_L2 = gl.constexpr(8 << 20)  # numbers of K, and as many of V, that L2 is to hold: 32 MB
 
-# Constants, not fields of a tile: of those measured on an H200 (docs/results) these won but at 16,384 tokens, where 232
-# registers did, which spill with Triton 3.9. 240 registers or 256 keys spill with 3.6 too, three stages do not fit.
+# Constants, not fields of a tile: of those measured on an H200 (docs/results) these won. With 224 registers who brings
+# spills, with 256 keys who multiplies; three stages do not fit.
 _GROUPS = 2  # warp groups that multiply, 64 rows each
 _KEYS = 128  # of a block
 _STAGES = 2  # blocks of K, and of V, in shared memory
-_REGISTERS = 224  # of a thread that multiplies; who brings has the rest
+_REGISTERS = 216  # of a thread that multiplies; who brings has the rest
 
 
 def readable(q: Tensor, k_pool: Tensor, v_pool: Tensor) -> bool:
@@ -104,7 +107,7 @@ def _hopper_kernel(
     queries = gl.allocate_shared_memory(dtype, [GROUPS, 64, HEAD_DIM], QL)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_DIM], k_boxes.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_DIM], k_boxes.layout)
-    facts = gl.allocate_shared_memory(gl.int32, [32, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    facts = gl.allocate_shared_memory(gl.int32, [64, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     gathered = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     q_ready = gl.allocate_shared_memory(gl.int64, [1, 1], BL)
     q_free = gl.allocate_shared_memory(gl.int64, [1, 1], BL)
@@ -135,33 +138,100 @@ def _hopper_kernel(
 
 
 @gluon.jit
-def _below(level, begin, end, length, span, GROUP: gl.constexpr, ROWS: gl.constexpr, CAUSAL: gl.constexpr):
-    """How many tiles of requests lie below a level, that is, end before position level * span; all at _LEVELS."""
+def _requests(given, base, requests, tokens, VL: gl.constexpr):
+    """First token, end and length of _REQUESTS requests; positions in one of _LEVELS equal parts of the longest.
+
+    Behind the last request comes one without keys, which owns the pad rows.
+    """
+    q, k_boxes, v_boxes, k_pool, v_pool, table, rows, q_start, kv_len, counters = given
+    lane = base + gl.arange(0, _REQUESTS, VL)
+    begin = gl.load(q_start + lane, lane <= requests, other=tokens)
+    end = gl.load(q_start + lane + 1, lane < requests, other=tokens)
+    length = gl.load(kv_len + lane, lane < requests, other=0)
+    return begin, end, length, gl.max(length, 0) // _LEVELS + 1
+
+
+@gluon.jit
+def _above(level, begin, end, length, span, GROUP: gl.constexpr, ROWS: gl.constexpr, CAUSAL: gl.constexpr):
+    """How many tiles of each request end at position level * span or behind it; all at level 0, none at _LEVELS."""
     tiles = ((end - begin) * GROUP + ROWS - 1) // ROWS
     if CAUSAL:
         beyond = gl.maximum(level * span - (length - (end - begin)), 0)
         below = gl.minimum(gl.maximum((beyond * GROUP + ROWS - 1) // ROWS - 1, 0), tiles)
     else:
         below = gl.where(length >= level * span, 0, tiles)
-    return gl.where(level == 0, 0, gl.where(level == _LEVELS, tiles, below))
+    return gl.where(level == 0, tiles, gl.where(level == _LEVELS, 0, tiles - below))
 
 
 @gluon.jit
-def _of_level(
-    level, q_start, kv_len, base, requests, tokens,
-    GROUP: gl.constexpr, ROWS: gl.constexpr, CAUSAL: gl.constexpr, VL: gl.constexpr,
+def _find(
+    given, requests, tokens, window, facts, tiles, number, base, passed,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
+    WINDOWED: gl.constexpr, CAUSAL: gl.constexpr, VL: gl.constexpr,
 ):  # fmt: skip
-    """The tiles at a level of _REQUESTS requests: those that end in one of _LEVELS equal parts, `span`, of the longest.
+    """Note the facts about tile `number`. Those that end at the highest level are first, of some KV heads at a time.
 
-    Behind the last request comes one without keys, which owns the pad rows.
+    Tiles of requests before `base` have numbers below `passed`. Returns the KV head, -1 if there is no such tile,
+    and the new `base` and `passed`.
     """
-    lane = base + gl.arange(0, _REQUESTS, VL)
-    begin = gl.load(q_start + lane, lane <= requests, other=tokens)
-    end = gl.load(q_start + lane + 1, lane < requests, other=tokens)
-    length = gl.load(kv_len + lane, lane < requests, other=0)
-    span = gl.max(length, 0) // _LEVELS + 1
-    above = _below(level + 1, begin, end, length, span, GROUP, ROWS, CAUSAL)
-    return above - _below(level, begin, end, length, span, GROUP, ROWS, CAUSAL), span
+    q, k_boxes, v_boxes, k_pool, v_pool, table, rows, q_start, kv_len, counters = given
+    number -= passed
+    begin, end, length, span = _requests(given, base, requests, tokens, VL)
+    total = gl.sum(_above(0, begin, end, length, span, GROUP, ROWS, CAUSAL), 0)
+    while (number >= total * KV_HEADS) & (base + _REQUESTS <= requests):
+        base += _REQUESTS
+        passed += total * KV_HEADS
+        number -= total * KV_HEADS
+        begin, end, length, span = _requests(given, base, requests, tokens, VL)
+        total = gl.sum(_above(0, begin, end, length, span, GROUP, ROWS, CAUSAL), 0)
+    kv_head = -1
+    if number < total * KV_HEADS:
+        heads, keys_together = KV_HEADS, gl.sum(length, 0)
+        for _ in gl.static_range(5):
+            if (heads % 2 == 0) & (keys_together * heads > _IN_L2 // HEAD_DIM):
+                heads //= 2
+        first_head = number // (total * heads) * heads
+        unit = (number - first_head * total) // heads
+        kv_head = first_head + (number - first_head * total) % heads
+        level = 0  # the highest with so many tiles at it and above
+        for i in gl.static_range(4):
+            higher = level + (_LEVELS >> (i + 1))
+            if gl.sum(_above(higher, begin, end, length, span, GROUP, ROWS, CAUSAL), 0) > unit:
+                level = higher
+        above = _above(level + 1, begin, end, length, span, GROUP, ROWS, CAUSAL)
+        unit -= gl.sum(above, 0)
+        here = _above(level, begin, end, length, span, GROUP, ROWS, CAUSAL) - above
+        lane = gl.arange(0, _REQUESTS, VL)
+        request, before = 0, 0  # the last one before which there are no more tiles of this level
+        for i in gl.static_range(7):
+            further = request + (_REQUESTS >> (i + 1))
+            less = gl.sum(gl.where(lane < further, here, 0), 0)
+            if less <= unit:
+                request = further
+                before = less
+        request += base
+        first_token = gl.load(q_start + request)
+        next_token, keys, row = tokens, 0, 0
+        if request < requests:
+            next_token = gl.load(q_start + request + 1)
+            keys = gl.load(kv_len + request)
+            row = gl.load(rows + request)
+        tile = ((next_token - first_token) * GROUP + ROWS - 1) // ROWS
+        tile -= _above(level + 1, first_token, next_token, keys, span, GROUP, ROWS, CAUSAL) + 1 + unit - before
+        count = (next_token - first_token) * GROUP
+        first_row, offset = tile * ROWS, keys - (next_token - first_token)
+        start, edge, middle, stop = span_of(first_row, count, offset, keys, window, GROUP, ROWS, KEYS, WINDOWED, CAUSAL)
+        _put(facts, tiles, 1, first_token)
+        _put(facts, tiles, 2, first_row)
+        _put(facts, tiles, 3, count)
+        _put(facts, tiles, 4, offset)
+        _put(facts, tiles, 5, keys)
+        _put(facts, tiles, 6, row)
+        _put(facts, tiles, 7, start)
+        _put(facts, tiles, 8, stop)
+    _put(facts, tiles, 0, kv_head)
+    _barrier()  # all see them
+    return kv_head, base, passed
 
 
 @gluon.jit
@@ -169,7 +239,7 @@ def _bring(
     given, table_stride, requests, tokens, window, shared,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, WINDOWED: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Choose tiles, those with the most keys first, and bring their queries, keys and values."""
+    """Choose tiles, and bring their queries, keys and values."""
     q, k_boxes, v_boxes, k_pool, v_pool, table, rows, q_start, kv_len, counters = given
     queries, facts, k_ring, v_ring, gathered, q_ready, q_free, k_ready, k_free, v_ready, v_free, turn = shared
     GROUPS: gl.constexpr = queries.shape[0]
@@ -182,88 +252,53 @@ def _bring(
     col = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, IL))
     key = gl.arange(0, KEYS, VL)
     programs = gl.num_programs(0)
-    number = gl.program_id(0)
-    lane = gl.arange(0, _REQUESTS, VL)
-    base, level = 0, _LEVELS.value
-    passed, here = 0, 0  # tiles of earlier levels, and of this one
     blocks, tiles = 0, 0  # brought so far
-    more = 1
-    while more > 0:
-        unit, kv_head = number // KV_HEADS, number % KV_HEADS
-        while (unit >= passed + here) & ((level > 0) | (base + _REQUESTS <= requests)):
-            passed += here
-            if level == 0:
-                base += _REQUESTS
-                level = _LEVELS.value
-            level -= 1
-            some, span = _of_level(level, q_start, kv_len, base, requests, tokens, GROUP, ROWS, CAUSAL, VL)
-            here = gl.sum(some, 0)
-        more = (unit < passed + here).to(gl.int32)
-        if more > 0:
-            # The last request before which there are no more tiles of this level than before the one sought.
-            some, span = _of_level(level, q_start, kv_len, base, requests, tokens, GROUP, ROWS, CAUSAL, VL)
-            request, before = 0, 0
-            for step in gl.static_range(7):
-                further = request + (_REQUESTS >> (step + 1))
-                less = gl.sum(gl.where(lane < further, some, 0), 0)
-                if less <= unit - passed:
-                    request = further
-                    before = less
-            request += base
-            first_token = gl.load(q_start + request)
-            next_token, keys = tokens, 0
-            if request < requests:
-                next_token = gl.load(q_start + request + 1)
-                keys = gl.load(kv_len + request)
-            tile = _below(level + 1, first_token, next_token, keys, span, GROUP, ROWS, CAUSAL)
-            tile -= 1 + unit - passed - before
-            count = (next_token - first_token) * GROUP
-            first_row, offset = tile * ROWS, keys - (next_token - first_token)
-            start, edge, middle, stop = span_of(
-                first_row, count, offset, keys, window, GROUP, ROWS, KEYS, WINDOWED, CAUSAL
-            )
-            _put(facts, tiles, 0, kv_head)
-            _put(facts, tiles, 1, first_token)
-            _put(facts, tiles, 2, first_row)
-            _put(facts, tiles, 3, count)
-            _put(facts, tiles, 4, offset)
-            _put(facts, tiles, 5, keys)
-            its_slots = table
-            if request < requests:
-                its_slots = table + gl.load(rows + request).to(gl.int64) * table_stride
-            n = stop - 1
-            slots = gl.load(its_slots + n * KEYS + key, n * KEYS + key < keys, other=0)
-            while n >= start:
-                stage, parity = blocks % STAGES, (blocks // STAGES) & 1
-                now, first_key = slots, n * KEYS
-                # The next block's slots are on their way while this one is fetched.
-                slots = gl.load(its_slots + (first_key - KEYS + key), key >= KEYS - first_key, other=0)
-                one = gl.max(now - key, 0)
-                together = (one == gl.min(now - key, 0)).to(gl.int32)  # not behind the last key: 0 follows no slot
-                mbarrier.wait(k_free.index(stage), parity ^ 1)
-                _fetch(together, k_boxes, k_pool, now, one, first_key, keys, kv_head, k_ring.index(stage),
-                       k_ready.index(stage), gathered.index(stage), KV_HEADS, IL)  # fmt: skip
-                if n == stop - 1:
-                    mbarrier.wait(q_free.index(0), (tiles & 1) ^ 1)
-                    first_token, first_row, count = fact(facts, tiles, 1), fact(facts, tiles, 2), fact(facts, tiles, 3)
-                    for g in gl.static_range(GROUPS):
-                        row = first_row + g * 64 + gl.arange(0, 64, gl.SliceLayout(1, IL))
-                        head = (first_token + row // GROUP).to(gl.int64) * (KV_HEADS * GROUP) + row % GROUP
-                        at_q = (head + kv_head * GROUP)[:, None] * HEAD_DIM + col[None, :]
-                        _gather(queries.index(g), q + at_q, (row < count)[:, None] & (col >= 0)[None, :])
-                    async_copy.mbarrier_arrive(q_ready.index(0))
-                    _barrier()  # all have put their part of the copies into the count
-                    mbarrier.arrive(q_ready.index(0), count=1)
-                mbarrier.wait(v_free.index(stage), parity ^ 1)
-                _fetch(together, v_boxes, v_pool, now, one, first_key, keys, kv_head, v_ring.index(stage),
-                       v_ready.index(stage), gathered.index(STAGES + stage), KV_HEADS, IL)  # fmt: skip
-                blocks += 1
-                n -= 1
-            tiles += 1
-            number = programs + gl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
+    kv_head, base, passed = _find(
+        given, requests, tokens, window, facts, 0, gl.program_id(0), gl.to_tensor(0), gl.to_tensor(0),
+        KV_HEADS, GROUP, HEAD_DIM, ROWS, KEYS, WINDOWED, CAUSAL, VL,
+    )  # fmt: skip
+    while kv_head >= 0:
+        first_token, first_row, count = fact(facts, tiles, 1), fact(facts, tiles, 2), fact(facts, tiles, 3)
+        keys, start, stop = fact(facts, tiles, 5), fact(facts, tiles, 7), fact(facts, tiles, 8)
+        its_slots = table + fact(facts, tiles, 6).to(gl.int64) * table_stride
+        next_head = -1
+        n = stop - 1
+        slots = gl.load(its_slots + n * KEYS + key, n * KEYS + key < keys, other=0)
+        while n >= start:
+            stage, parity = blocks % STAGES, (blocks // STAGES) & 1
+            now, first_key = slots, n * KEYS
+            # The next block's slots are on their way while this one is fetched.
+            slots = gl.load(its_slots + (first_key - KEYS + key), key >= KEYS - first_key, other=0)
+            one = gl.max(now - key, 0)
+            together = (one == gl.min(now - key, 0)).to(gl.int32)  # not behind the last key: 0 follows no slot
+            mbarrier.wait(k_free.index(stage), parity ^ 1)
+            _fetch(together, k_boxes, k_pool, now, one, first_key, keys, kv_head, k_ring.index(stage),
+                   k_ready.index(stage), gathered.index(stage), KV_HEADS, IL)  # fmt: skip
+            if n == stop - 1:
+                mbarrier.wait(q_free.index(0), (tiles & 1) ^ 1)
+                for g in gl.static_range(GROUPS):
+                    row = first_row + g * 64 + gl.arange(0, 64, gl.SliceLayout(1, IL))
+                    head = (first_token + row // GROUP).to(gl.int64) * (KV_HEADS * GROUP) + row % GROUP
+                    at_q = (head + kv_head * GROUP)[:, None] * HEAD_DIM + col[None, :]
+                    _gather(queries.index(g), q + at_q, (row < count)[:, None] & (col >= 0)[None, :])
+                async_copy.mbarrier_arrive(q_ready.index(0))
+                _barrier()  # all have put their part of the copies into the count
+                mbarrier.arrive(q_ready.index(0), count=1)
+            mbarrier.wait(v_free.index(stage), parity ^ 1)
+            _fetch(together, v_boxes, v_pool, now, one, first_key, keys, kv_head, v_ring.index(stage),
+                   v_ready.index(stage), gathered.index(STAGES + stage), KV_HEADS, IL)  # fmt: skip
+            if n == gl.maximum(stop - 2, start):
+                # Both stages are full: whoever multiplies has enough to do while the next tile is sought.
+                number = programs + gl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
+                next_head, base, passed = _find(
+                    given, requests, tokens, window, facts, tiles + 1, number, base, passed,
+                    KV_HEADS, GROUP, HEAD_DIM, ROWS, KEYS, WINDOWED, CAUSAL, VL,
+                )  # fmt: skip
+            blocks += 1
+            n -= 1
+        tiles += 1
+        kv_head = next_head
     mbarrier.wait(q_free.index(0), (tiles & 1) ^ 1)
-    _put(facts, tiles, 0, -1)
-    _barrier()
     mbarrier.arrive(q_ready.index(0), count=1)
     # Whoever ends last has seen all others past their last tile, and sets the counters back.
     if gl.atomic_add(counters + 1, 1, sem="acq_rel", scope="gpu") == programs - 1:
@@ -297,4 +332,4 @@ def _fetch(
 
 @gluon.jit
 def _put(facts, tiles, i: gl.constexpr, value):
-    facts.index(tiles % 4 * 8 + i).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+    facts.index(tiles % 4 * 16 + i).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))

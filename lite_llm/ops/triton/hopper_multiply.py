@@ -21,7 +21,7 @@ def span_of(
     first_row, count, offset, length, window,
     GROUP: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, WINDOWED: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """A tile's blocks [start, stop), at least one; those in [edge, middle), never the last, need no mask."""
+    """A tile's blocks [start, stop), at least one; those in [edge, middle) need no mask."""
     first, last = length - 1, length - 1
     if CAUSAL:
         first = offset + first_row // GROUP
@@ -31,14 +31,15 @@ def span_of(
     if WINDOWED:
         start = gl.maximum(first - window + 1, 0) // KEYS
         edge = (gl.maximum(last - window + 1, 0) + KEYS - 1) // KEYS
-    middle = gl.minimum(gl.maximum(gl.maximum(first + 1, 0) // KEYS, start), stop - 1)
+    middle = gl.maximum(gl.maximum(first + 1, 0) // KEYS, start)
     return start, gl.minimum(gl.maximum(edge, start), middle), middle, stop
 
 
 @gluon.jit
 def fact(facts, tiles, i: gl.constexpr):
-    """A fact about a tile; whoever brings cannot be two tiles ahead, so it stays until the next tile is done."""
-    return gl.sum(facts.index(tiles % 4 * 8 + i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    """A fact about a tile. It stays until the tile is stored: who brings notes those of tile n when it has brought a
+    block of tile n - 1, so the last block of tile n - 3 is done, and whoever is done with that has stored n - 4."""
+    return gl.sum(facts.index(tiles % 4 * 16 + i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -77,7 +78,8 @@ def multiply(
         mbarrier.arrive(turn.index((me + 1) % GROUPS), count=1)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_free.index(blocks % STAGES), count=1)
-        scores = _mask(scores, (stop - 1) * KEYS, position, window, WINDOWED, SL)
+        if _masked(stop - 1, edge, middle, WINDOWED):
+            scores = _mask(scores, (stop - 1) * KEYS, position, window, WINDOWED, SL)
         peak = gl.maximum(gl.max(scores, 1) * scale, LOWEST)
         weights = gl.exp2(scores * scale - peak[:, None])
         total = gl.sum(weights, 1)
@@ -85,25 +87,13 @@ def multiply(
         if blocks < last:
             _wait_for(blocks + 1, k_ready, gathered, 0, STAGES)
         acc = gl.zeros([64, HEAD_DIM], gl.float32, AL)
-        for i in range(stop - 1 - middle):
+        for i in range(stop - 1 - start):
+            n = stop - 2 - i
             p, peak, total, acc = _step(
-                shared, blocks + i, last, (stop - 2 - i) * KEYS, position, window, scale, p, peak, total, acc,
-                me, True, WINDOWED,
+                shared, blocks + i, last, n * KEYS, _masked(n, edge, middle, WINDOWED), position, window, scale,
+                p, peak, total, acc, me, WINDOWED,
             )  # fmt: skip
-        blocks += stop - 1 - middle
-        for i in range(middle - edge):
-            p, peak, total, acc = _step(
-                shared, blocks + i, last, (middle - 1 - i) * KEYS, position, window, scale, p, peak, total, acc,
-                me, False, WINDOWED,
-            )  # fmt: skip
-        blocks += middle - edge
-        if WINDOWED:
-            for i in range(edge - start):
-                p, peak, total, acc = _step(
-                    shared, blocks + i, last, (edge - 1 - i) * KEYS, position, window, scale, p, peak, total, acc,
-                    me, True, WINDOWED,
-                )  # fmt: skip
-            blocks += edge - start
+        blocks += stop - 1 - start
         mbarrier.arrive(q_free.index(0), count=1)
         _wait_for(blocks, v_ready, gathered, STAGES, STAGES)
         acc = warpgroup_mma(p, v_ring.index(blocks % STAGES), acc, is_async=True)
@@ -112,7 +102,7 @@ def multiply(
         blocks += 1
 
         total = gl.where(total == 0, 1.0, total)  # a row that sees no key gets zeros
-        acc = acc / gl.convert_layout(total, gl.SliceLayout(1, AL))[:, None]
+        acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, AL))[:, None]
         result = gl.convert_layout(acc.to(dtype), OL)
         kv_head, first_token = fact(facts, tiles, 0), fact(facts, tiles, 1)
         first_row, count = fact(facts, tiles, 2), fact(facts, tiles, 3)
@@ -147,6 +137,12 @@ def _scores(shared, n, me: gl.constexpr):
 
 
 @gluon.jit
+def _masked(n, edge, middle, WINDOWED: gl.constexpr):
+    """Whether some row does not see all of block n."""
+    return (n >= middle) | (n < edge) if WINDOWED else n >= middle
+
+
+@gluon.jit
 def _mask(scores, first_key, position, window, WINDOWED: gl.constexpr, SL: gl.constexpr):
     key = first_key + gl.arange(0, scores.shape[1], gl.SliceLayout(0, SL))
     visible = key[None, :] <= position[:, None]
@@ -157,8 +153,8 @@ def _mask(scores, first_key, position, window, WINDOWED: gl.constexpr, SL: gl.co
 
 @gluon.jit
 def _step(
-    shared, n, last, first_key, position, window, scale, p, peak, total, acc,
-    me: gl.constexpr, MASKED: gl.constexpr, WINDOWED: gl.constexpr,
+    shared, n, last, first_key, masked, position, window, scale, p, peak, total, acc,
+    me: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
     """Add block n's values while block n + 1, whose keys begin at `first_key`, gets its weights."""
     queries, facts, k_ring, v_ring, gathered, q_ready, q_free, k_ready, k_free, v_ready, v_free, turn = shared
@@ -172,7 +168,7 @@ def _step(
     mbarrier.arrive(turn.index((me + 1) % GROUPS), count=1)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_free.index((n + 1) % STAGES), count=1)
-    if MASKED:
+    if masked:  # a branch: assembled far better than a loop of its own for these blocks
         scores = _mask(scores, first_key, position, window, WINDOWED, SL)
     highest = gl.maximum(peak, gl.max(scores, 1) * scale)
     weights = gl.exp2(scores * scale - highest[:, None])
