@@ -1,14 +1,15 @@
 """Time prompts on this GPU: attention alone against cuDNN's, and whole first tokens against the matmuls' floor.
 
-    python tools/bench_prompts.py [--only attention first shapes] [--shape llama-3.2-1b ...] [--json FILE]
+    python tools/bench_prompts.py [--only attention first shapes beside] [--shape llama-3.2-1b ...] [--json FILE]
 
 Attention: medians of graph replays; TFLOP/s of what a causal mask leaves; "portable" is the kernel for GPUs other than
 Hopper; cuDNN through torch, dense, on the same keys and values. A row counts only if some of its results agree with
 plain torch in fp32. First tokens: one request, by the clock, from the call to the token, random weights, no prefix
 cached; the floor is the FLOP of its matmuls and its attention at the rate of a large matmul in the same run. A shape
 counts only if the first tokens are those of the reference ops, up to rounding. Shapes of steps: each graph's time,
-filled with pads (so without attention), and how much more a token costs than in the next smaller one. Exit code 1 if
-anything is wrong.
+filled with pads (so without attention), and how much more a token costs than in the next smaller one. Beside decodes:
+steps with keys and all, of requests that decode alone, of a prompt alone, and of both together. Exit code 1 if anything
+is wrong.
 """
 
 import argparse
@@ -31,16 +32,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from lite_llm import LLM, ops
 from lite_llm.engine.roofline import matmul_rate
+from lite_llm.engine.runner import Shape
 from lite_llm.models import shapes
 from lite_llm.ops.triton import attention
 from tools import bench_peers as peers
 from tools.bench_ops import DEVICE, DTYPE, randn, timed
 from tools.environment import environment
 
-WHAT = "attention", "first", "shapes"
+WHAT = "attention", "first", "shapes", "beside"
 STEP_TOKENS = 8192  # of a step: no prompt here is read in pieces
 ANSWERED = 64  # tokens behind a cached prompt, for the time of a step
 WARM = 10  # answers before the first that is timed: Python too is slower the first times, by a third of its part
+DECODES, BEHIND = 192, 384  # requests that decode beside a prompt, and tokens of theirs to begin with
+CHUNKS = 320, 832, 1856  # tokens of that prompt: the steps of both, of 512, 1,024 and 2,048, have no pads
 GATED = 300, 77, 1024  # tokens of the prompts that are compared with the reference
 CHECKED, OFF = 48, 0.01  # rows of a result that are computed in fp32; how far they may be off, relatively
 VLLM_FIRST_MS = {
@@ -235,6 +239,48 @@ def ramp(seconds: dict[tuple[int, int], float]) -> list[dict]:
     return rows
 
 
+def beside(shape: str, rounds: int) -> dict:
+    """Milliseconds of steps, keys and all, by the tokens of the prompt: it alone, decodes alone, and both in one."""
+    options = dict(shape=shape, random_weights=True, prefix_cache=False, max_requests=256, context=2 * max(CHUNKS))
+    with LLM(**options) as llm:
+        run, marks = llm.engine.runner.run, []
+
+        def marked(step: Shape, *given, **more) -> None:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(step, *given, **more)
+            end.record()
+            marks.append((step, start, end))
+
+        def median(decodes: bool, prompts: bool) -> float:
+            torch.cuda.synchronize()
+            kinds = [(step.decodes > 0, step.prompts > 0) for step, _, _ in marks]
+            found = [s.elapsed_time(e) for kind, (_, s, e) in zip(kinds, marks) if kind == (decodes, prompts)]
+            return statistics.median(found)
+
+        llm.engine.runner.run = marked
+        rows = []
+        for tokens in CHUNKS:
+            marks.clear()
+            for i in range(rounds):
+                llm.generate([random_prompt(llm, tokens, seed=i)], peers.wish(False, 1))
+            rows.append({"tokens": tokens, "alone_ms": median(False, True)})
+        waiting = set()
+        for i in range(DECODES):
+            waiting.add(llm.add_request(random_prompt(llm, BEHIND, seed=i), peers.wish(False, max(CHUNKS))))
+        while waiting:
+            waiting -= {delta.id for delta in llm.step()}
+        for row in rows:
+            marks.clear()
+            for i in range(rounds):
+                asked, heard = llm.add_request(random_prompt(llm, row["tokens"], seed=i), peers.wish(False, 1)), set()
+                while asked not in heard:
+                    heard |= {delta.id for delta in llm.step()}
+                llm.step()  # of decodes alone
+            row |= {"decodes_ms": median(True, False), "both_ms": median(True, True)}
+        return {"shape": shape, "decodes": DECODES, "behind": BEHIND, "rows": rows}
+
+
 def told(llm: LLM, logprobs: int | None = None) -> list:
     asks = [random_prompt(llm, length, seed=length) for length in GATED]
     return llm.generate(asks, peers.wish(False, 1, logprobs=logprobs))
@@ -282,6 +328,17 @@ def tables(record: dict) -> Iterator[Table]:
             f"(to reach: 1.5 steps and 2 ms, {hit['reach_ms']:.2f})"
         )
 
+    for found in record["beside"]:
+        title = (
+            f"{found['shape']}: a prompt beside {found['decodes']} requests behind some {found['behind']} tokens, ms"
+        )
+        yield (made := Table(title=title))
+        for name in ("tokens of the prompt", "it alone", "decodes alone", "both in one step", "saved"):
+            made.add_column(name, justify="right")
+        for row in found["rows"]:
+            alone, both = row["alone_ms"] + row["decodes_ms"], row["both_ms"]
+            cells = (f"{row[name]:.2f}" for name in ("alone_ms", "decodes_ms", "both_ms"))
+            made.add_row(f"{row['tokens']:,}", *cells, f"{1 - both / alone:.1%}")
     for found in record["shapes"]:
         yield (made := Table(title=f"{found['shape']}: steps filled with pads, ms"))
         tokens = sorted({row["tokens"] for row in found["rows"]})
@@ -317,6 +374,8 @@ def main(arguments: list[str] | None = None) -> int:
         work += [lambda s=shape: record["first"].append(firsts(s, args.rounds, roof)) for shape in args.shape]
     if "shapes" in args.only:
         work += [lambda s=shape: record["shapes"].append(steps(s)) for shape in args.shape]
+    if "beside" in args.only:
+        work += [lambda s=shape: record["beside"].append(beside(s, args.rounds)) for shape in args.shape]
     for each in work:
         each()
         if args.json:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lite_llm import LLM
+from lite_llm.engine.runner import Runner
 from lite_llm.ops import reference
 from tools import bench_prompts
 from tools.bench_prompts import Work
@@ -48,7 +49,7 @@ def test_first_tokens_are_timed_behind_a_gate(monkeypatch):
     assert all(row["ms"] > 0 and len(row["ms_rounds"]) == 2 for row in found["rows"])
     hit = found["cached"]
     assert (hit["tokens"], hit["cached_tokens"]) == (40, 39) and hit["step_ms"] > 0 and hit["ms"] > 0
-    [table] = bench_prompts.tables({"attention": [], "first": [found], "shapes": []})
+    [table] = bench_prompts.tables({"attention": [], "first": [found], "shapes": [], "beside": []})
     assert "of 40 tokens 39 cached" in table.caption
 
 
@@ -70,6 +71,37 @@ def test_the_rise_of_a_tokens_cost_is_that_over_the_next_smaller_step_beside_as_
         (0, 50): None, (0, 100): pytest.approx(0.25), (0, 200): pytest.approx(0.05), (50, 50): None,
         (50, 150): pytest.approx(-0.2),
     }  # fmt: skip
-    record = {"attention": [], "first": [], "shapes": [{"shape": "some", "rows": rows}]}
+    record = {"attention": [], "first": [], "shapes": [{"shape": "some", "rows": rows}], "beside": []}
     [table] = bench_prompts.tables(record)
     assert "+25.0%, to 100 beside 0" in table.caption
+
+
+def test_steps_of_a_prompt_beside_decodes_are_told_from_those_of_each_alone(monkeypatch):
+    """By a clock that counts what is computed: a token of a prompt is a second, a request that decodes 10 ms."""
+    clock, run = [0.0], Runner.run
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    def counted(self, step, *given, **more):
+        clock[0] += step.tokens + step.decodes / 100
+        run(self, step, *given, **more)
+
+    monkeypatch.setattr(bench_prompts.torch.cuda, "Event", Event)
+    monkeypatch.setattr(bench_prompts.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Runner, "run", counted)
+    for name, value in {"DECODES": 3, "BEHIND": 9, "CHUNKS": (20, 41)}.items():
+        monkeypatch.setattr(bench_prompts, name, value)
+    found = bench_prompts.beside("tiny-llama-3.2-1b", rounds=3)
+    for row, tokens in zip(found["rows"], (20, 41), strict=True):
+        assert row["tokens"] == tokens and row["alone_ms"] == pytest.approx(tokens * 1e3)
+        assert (row["decodes_ms"], row["both_ms"]) == pytest.approx((30, tokens * 1e3 + 30))
+    [table] = bench_prompts.tables({"attention": [], "first": [], "shapes": [], "beside": [found]})
+    assert "beside 3 requests" in table.title
