@@ -2,14 +2,14 @@
 
     python tools/bench_prompts.py [--only attention first shapes beside] [--shape llama-3.2-1b ...] [--json FILE]
 
-Attention: medians of graph replays; TFLOP/s of what a causal mask leaves; "portable" is the kernel for GPUs other than
-Hopper; cuDNN through torch, dense, on the same keys and values. A row counts only if some of its results agree with
-plain torch in fp32. First tokens: one request, by the clock, from the call to the token, random weights, no prefix
-cached; the floor is the FLOP of its matmuls and its attention at the rate of a large matmul in the same run. A shape
-counts only if the first tokens are those of the reference ops, up to rounding. Shapes of steps: each graph's time,
-filled with pads (so without attention), and how much more a token costs than in the next smaller one. Beside decodes:
-steps with keys and all, of requests that decode alone, of a prompt alone, and of both together. Exit code 1 if anything
-is wrong.
+Attention: medians of graph replays, by turns; TFLOP/s of what a causal mask leaves; "portable" is the kernel for GPUs
+other than Hopper; cuDNN through torch, dense, on the same keys and values. A row counts only if some of its results
+agree with plain torch in fp32. First tokens: one request, by the clock, from the call to the token, random weights, no
+prefix cached; the floor is the FLOP of its matmuls and its attention at the rate of a large matmul in the same run. A
+shape counts only if the first tokens are those of the reference ops, up to rounding. Shapes of steps: each graph's
+time, filled with pads (so without attention), and how much more a token costs than in the next smaller one. Beside
+decodes: steps with keys and all, of requests that decode alone, of a prompt alone, and of both together. Exit code 1 if
+anything is wrong.
 """
 
 import argparse
@@ -19,34 +19,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
 from lite_llm import LLM, ops
 from lite_llm.engine.roofline import matmul_rate
-from lite_llm.engine.runner import Shape
+from lite_llm.engine.runner import Piece, Shape
 from lite_llm.models import shapes
-from lite_llm.ops.triton import attention
 from tools import bench_peers as peers
-from tools.bench_ops import DEVICE, DTYPE, randn, timed
+from tools.bench_ops import DEVICE, DTYPE
 from tools.environment import environment
+from tools.prompt_attention import OFF, attentions
 
 WHAT = "attention", "first", "shapes", "beside"
 STEP_TOKENS = 8192  # of a step: no prompt here is read in pieces
 ANSWERED = 64  # tokens behind a cached prompt, for the time of a step
 WARM = 10  # answers before the first that is timed: Python too is slower the first times, by a third of its part
 DECODES, BEHIND = 192, 384  # requests that decode beside a prompt, and tokens of theirs to begin with
-CHUNKS = 320, 832, 1856  # tokens of that prompt: the steps of both, of 512, 1,024 and 2,048, have no pads
+CHUNKS = 256, 832, 1856  # tokens of that prompt: a step of it and the decodes has no pads
 GATED = 300, 77, 1024  # tokens of the prompts that are compared with the reference
-CHECKED, OFF = 48, 0.01  # rows of a result that are computed in fp32; how far they may be off, relatively
 VLLM_FIRST_MS = {
     "llama-3.2-1b": {128: 4.35, 1024: 7.53, 4096: 18.9},
     "qwen2.5-3b": {128: 6.97, 1024: 15.3, 4096: 45.3},
@@ -54,125 +49,6 @@ VLLM_FIRST_MS = {
 }
 """As `peers.VLLM_SOURCE` says, one request."""
 LENGTHS = {"llama-3.2-1b": (128, 512, 640, 1024, 2048, 4096), "llama-3.1-8b": (128, 1024, 2048, 4096, 8192)}
-
-
-class Work(NamedTuple):
-    """`new` tokens of each request behind `old` cached ones, in slots of random order or in a row."""
-
-    name: str
-    new: Sequence[int]
-    old: Sequence[int]
-    heads: tuple[int, int]  # of queries, of keys and values
-    head_dim: int
-    scattered: bool = False
-    causal: bool = True
-    reach: float | None = None  # of cuDNN's rate
-
-    @property
-    def flops(self) -> int:
-        pairs = sum(n * (n + o) - (n * (n - 1) // 2 if self.causal else 0) for n, o in zip(self.new, self.old))
-        return 4 * pairs * self.heads[0] * self.head_dim
-
-
-GQA = (32, 8)
-WORKS = (
-    Work("4 x 2,048", [2048] * 4, [0] * 4, GQA, 128, reach=1.0),
-    Work("8,192", [8192], [0], GQA, 128, reach=1.05),
-    Work("16,384", [16384], [0], GQA, 128, reach=1.05),
-    Work("4 x 4,096", [4096] * 4, [0] * 4, GQA, 64, reach=1.0),
-    Work("8,192, 32 heads over 32", [8192], [0], (32, 32), 128),
-    Work("8,192, not causal", [8192], [0], GQA, 128, causal=False),
-    Work("8,192, random slots", [8192], [0], GQA, 128, scattered=True),
-    Work("4 x 4,096, random slots", [4096] * 4, [0] * 4, GQA, 64, scattered=True),
-    Work("64 prompts of 32 to 2,048", [32 + 32 * i for i in range(64)], [0] * 64, GQA, 128),
-    Work("2,048 over 30,720", [2048], [30720], GQA, 128),
-    Work("2,048 over 30,720, random slots", [2048], [30720], GQA, 128, scattered=True),
-    Work("8 x 577, not causal", [577] * 8, [0] * 8, (16, 16), 64, scattered=True, causal=False),
-    Work("512", [512], [0], GQA, 128),
-    Work("1,024", [1024], [0], GQA, 64),
-)
-
-
-class Made(NamedTuple):
-    q: Tensor
-    pools: tuple[Tensor, Tensor]
-    table: Tensor
-    rows: Tensor
-    q_start: Tensor
-    kv_len: Tensor
-
-    def args(self) -> tuple:
-        return self.q, *self.pools, self.table, self.rows, self.q_start, self.kv_len, 0, self.q.shape[2] ** -0.5
-
-
-def make(work: Work) -> Made:
-    lengths = [n + o for n, o in zip(work.new, work.old)]
-    ints = dict(dtype=torch.int32, device=DEVICE)
-    order = 1 + (torch.randperm if work.scattered else torch.arange)(sum(lengths), **ints)
-    table = torch.zeros(len(lengths), max(lengths), **ints)
-    for row, part in zip(table, order.split(lengths)):
-        row[: len(part)] = part
-    heads, kv_heads = work.heads
-    pools = tuple(randn(sum(lengths) + 1, kv_heads, work.head_dim) for _ in "kv")
-    start = torch.tensor([0, *work.new], device=DEVICE).cumsum(0).int()
-    q = randn(sum(work.new), heads, work.head_dim)
-    return Made(q, pools, table, torch.arange(len(lengths), **ints), start, torch.tensor(lengths, **ints))
-
-
-def portable(made: Made, causal: bool) -> Tensor:
-    out = torch.empty_like(made.q)
-    attention.attend_flash(*made.args()[:3], out, *made.args()[3:], None, causal)
-    return out
-
-
-def off(made: Made, causal: bool, out: Tensor) -> float:
-    """How far some rows are from plain torch in fp32, as a share of their size."""
-    group = made.q.shape[1] // made.pools[0].shape[1]
-    got, want = [], []
-    for token in torch.randint(len(out), (CHECKED,)).tolist():
-        b = int((made.q_start <= token).sum()) - 1
-        length = int(made.kv_len[b])
-        seen = length - (int(made.q_start[b + 1]) - 1 - token) if causal else length
-        slots = made.table[b, :seen].long()
-        k, v = (pool[slots].float().repeat_interleave(group, 1) for pool in made.pools)
-        weights = (torch.einsum("hd,khd->hk", made.q[token].float(), k) * made.q.shape[2] ** -0.5).softmax(-1)
-        got.append(out[token].float())
-        want.append(torch.einsum("hk,khd->hd", weights, v))
-    got, want = torch.stack(got), torch.stack(want)
-    return ((got - want).norm() / want.norm()).item()
-
-
-def cudnn(made: Made, causal: bool) -> float | None:
-    """Seconds on the same keys and values, dense; the faster of two ways to share heads. None if it refuses."""
-    batch, group = len(made.rows), made.q.shape[1] // made.pools[0].shape[1]
-    q = made.q.unflatten(0, (batch, -1)).transpose(1, 2).contiguous()
-    k, v = (pool[1:].unflatten(0, (batch, -1)).transpose(1, 2).contiguous() for pool in made.pools)
-    ways = [((k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)), {}), ((k, v), {"enable_gqa": True})]
-    found = []
-    for kv, more in ways:
-        call = lambda kv, m=more: F.scaled_dot_product_attention(q, *kv, is_causal=causal, **m)  # noqa: E731
-        try:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                found.append(timed(call, [kv]))
-        except RuntimeError:
-            continue
-    return min(found, default=None)
-
-
-def attentions() -> Iterator[dict]:
-    for work in WORKS:
-        made = make(work)
-        ours = lambda made, c=work.causal: ops.attend(*made.args(), None, c)  # noqa: E731
-        wrong = max(off(made, work.causal, call) for call in (ours(made), portable(made, work.causal)))
-        rate = lambda seconds: work.flops / seconds / 1e12  # noqa: B023, E731
-        row = {
-            "work": work.name, "heads": work.heads, "head_dim": work.head_dim, "reach": work.reach, "off": wrong,
-            "tflop_s": rate(timed(ours, [made])),
-            "portable_tflop_s": rate(timed(lambda made, c=work.causal: portable(made, c), [made])),
-        }  # fmt: skip
-        alike = len(set(work.new)) == 1 and not any(work.old) and not work.scattered
-        seconds = cudnn(made, work.causal) if alike else None
-        yield row | {"cudnn_tflop_s": rate(seconds) if seconds else None}
 
 
 def firsts(shape: str, rounds: int, roof: float) -> dict:
@@ -243,24 +119,29 @@ def beside(shape: str, rounds: int) -> dict:
     """Milliseconds of steps, keys and all, by the tokens of the prompt: it alone, decodes alone, and both in one."""
     options = dict(shape=shape, random_weights=True, prefix_cache=False, max_requests=256, context=2 * max(CHUNKS))
     with LLM(**options) as llm:
-        run, marks = llm.engine.runner.run, []
+        runner, kinds, marks = llm.engine.runner, [], []
+        send, run = runner.send, runner.run
 
-        def marked(step: Shape, *given, **more) -> None:
+        def noted(step: Shape, rows: list[int], prompts: Sequence[Piece]) -> None:
+            kinds.append((len(rows) > 0, len(prompts) > 0))
+            send(step, rows, prompts)
+
+        def marked(*given, **more) -> None:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run(step, *given, **more)
+            run(*given, **more)
             end.record()
-            marks.append((step, start, end))
+            marks.append((start, end))
 
         def median(decodes: bool, prompts: bool) -> float:
             torch.cuda.synchronize()
-            kinds = [(step.decodes > 0, step.prompts > 0) for step, _, _ in marks]
-            found = [s.elapsed_time(e) for kind, (_, s, e) in zip(kinds, marks) if kind == (decodes, prompts)]
-            return statistics.median(found)
+            marked = zip(kinds, marks, strict=True)
+            return statistics.median(s.elapsed_time(e) for kind, (s, e) in marked if kind == (decodes, prompts))
 
-        llm.engine.runner.run = marked
+        runner.send, runner.run = noted, marked
         rows = []
         for tokens in CHUNKS:
+            kinds.clear()
             marks.clear()
             for i in range(rounds):
                 llm.generate([random_prompt(llm, tokens, seed=i)], peers.wish(False, 1))
@@ -271,6 +152,7 @@ def beside(shape: str, rounds: int) -> dict:
         while waiting:
             waiting -= {delta.id for delta in llm.step()}
         for row in rows:
+            kinds.clear()
             marks.clear()
             for i in range(rounds):
                 asked, heard = llm.add_request(random_prompt(llm, row["tokens"], seed=i), peers.wish(False, 1)), set()

@@ -65,7 +65,7 @@ def shapes(max_requests: int, step_tokens: int) -> list[Shape]:
     beside = [n for n in BESIDE if n < max_requests] + [max_requests]
     mixed = [Shape(d, min(prompts, t), t) for d in beside for t in _filling(d, tokens)]
     mixed += [Shape(0, min(prompts, t), t) for t in tokens + [t for t in BETWEEN if t < step_tokens]]
-    return [Shape(d, 0, 0) for d in decodes] + sorted(mixed, key=lambda shape: shape.decodes + shape.tokens)
+    return [Shape(d, 0, 0) for d in decodes] + sorted(mixed, key=lambda shape: (shape.decodes + shape.tokens, shape))
 
 
 def verifying(max_requests: int, drafts: int) -> list[Shape]:

@@ -58,6 +58,13 @@ def test_prompts_beside_decodes_take_what_timed_shapes_allow():
     assert chooser.beside(8, 1.0) == 64  # none is that fast
 
 
+def test_a_prompt_alone_takes_a_shape_without_decodes_if_that_is_as_small():
+    chooser = runner.Runner.__new__(runner.Runner)
+    chooser.fixed = runner.shapes(256, 2048)
+    assert chooser.fit(0, 1, 1856) == Shape(0, 32, 2048)
+    assert chooser.fit(192, 1, 1856) == Shape(192, 32, 1856)
+
+
 def test_tokens_of_prompts_wait_where_that_saves_pads():
     chooser = runner.Runner.__new__(runner.Runner)
     chooser.fixed = runner.shapes(256, 8192)

@@ -6,16 +6,16 @@ import torch
 from lite_llm import LLM
 from lite_llm.engine.runner import Runner
 from lite_llm.ops import reference
-from tools import bench_prompts
-from tools.bench_prompts import Work
+from tools import bench_prompts, prompt_attention
+from tools.prompt_attention import Work
 
 WORK = Work("small", [5, 3], [2, 0], (4, 2), 16, scattered=True)
 
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    monkeypatch.setattr(bench_prompts, "DEVICE", "cpu")
-    monkeypatch.setattr(bench_prompts, "randn", torch.randn)
+    monkeypatch.setattr(prompt_attention, "DEVICE", "cpu")
+    monkeypatch.setattr(prompt_attention, "randn", torch.randn)
 
 
 def test_operations_are_those_that_a_causal_mask_leaves():
@@ -26,18 +26,18 @@ def test_operations_are_those_that_a_causal_mask_leaves():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_rows_are_compared_with_plain_torch(causal):
-    made = bench_prompts.make(WORK)
+    made = prompt_attention.make(WORK)
     out = reference.attend(*made.args(), None, causal)
-    assert bench_prompts.off(made, causal, out) < 1e-5
-    assert bench_prompts.off(made, not causal, out) > 0.1
+    assert prompt_attention.off(made, causal, out) < 1e-5
+    assert prompt_attention.off(made, not causal, out) > 0.1
     out[3] *= 1.5
-    assert bench_prompts.off(made, causal, out) > bench_prompts.OFF
+    assert prompt_attention.off(made, causal, out) > prompt_attention.OFF
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_portable_kernel_is_among_what_is_compared(causal):
-    made = bench_prompts.make(WORK)
-    assert bench_prompts.off(made, causal, bench_prompts.portable(made, causal)) < 1e-5
+    made = prompt_attention.make(WORK)
+    assert prompt_attention.off(made, causal, prompt_attention.portable(made, causal)) < 1e-5
 
 
 def test_first_tokens_are_timed_behind_a_gate(monkeypatch):
