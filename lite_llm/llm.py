@@ -73,9 +73,9 @@ class LLM:
         tokenizer. `options` are the fields of `EngineConfig`. `say` gets the memory plan and notices, one line each;
         `progress` gets (bytes loaded, bytes in all), and `status` what is done after loading, how many of it are done
         and how many there are: on a GPU kernels are compiled and CUDA graphs recorded, so that no answer waits for
-        either. `fetcher` downloads pictures named by URL; without one URLs are refused. `decode`
-        decodes pictures: `Decoders.decode` does it in other processes, which hostile files may end; None: in this one.
-        `pictures` says that there will be some: a checkpoint that takes none is refused before its weights are read.
+        either. `fetcher` downloads pictures named by URL; without one URLs are refused. `decode` decodes pictures:
+        `Decoders.decode` does it in other processes, which hostile files may end; None: in this one. `pictures` says
+        that there will be some: a checkpoint that takes none is refused before its weights are read.
         Raises a LiteLLMError that says what is wrong and what to do.
         """
         config = EngineConfig.of(options)
@@ -133,7 +133,7 @@ class LLM:
     def _ready(self, fill: Callable[[torch.nn.Module], None], status: Say | None) -> None:
         self.eos_ids = {token for token in self.eos_ids if 0 <= token < self.cfg.vocab}
         self._engine = self._blueprint.build(fill, self.tokenizer.vocab_size if self.tokenizer else None)
-        self._engine.warm(status or _silent)
+        self._engine.warm(status or (lambda *_: None))
 
     def __enter__(self) -> "LLM":
         return self
@@ -147,8 +147,7 @@ class LLM:
             self._engine.finish()
         self._engine, self._streams, self._answers = None, {}, {}
         gc.collect()
-        if self._blueprint.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
 
     @property
     def engine(self) -> Engine:
@@ -166,13 +165,11 @@ class LLM:
         A prompt is text, taken as it is with the tokenizer's BOS, or token ids. `params` is one for all or one each.
         Those of a list that may say most begin first.
         """
-        if isinstance(prompts, Encoded):
-            return self._answer([prompts], [each(params, 1)[0]])[0]
-        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        if not isinstance(prompts, Sequence | Encoded) or isinstance(prompts, bytes):
             raise UsageError(
                 f"the prompt is a {type(prompts).__name__}; expected text, token ids, or a list of prompts"
             )
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str | Encoded) or (prompts and isinstance(prompts[0], int)):
             return self._answer([prompts], [each(params, 1)[0]])[0]
         return self._answer(prompts, each(params, len(prompts)))
 
@@ -196,23 +193,31 @@ class LLM:
         return self._answer(messages, each(params, len(messages)))
 
     def _answer(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Output]:
-        """All are waited for, so those that may say most go first: at the end no few long answers are left, for whom
-        each step reads all weights."""
-        names: dict[int, str] = {}
-        most = [math.inf if wish.max_tokens is None else wish.max_tokens for wish in params]
+        """Who may say most goes first: all are waited for, and at the end a step for few answers reads all weights."""
+        names, outputs, left = dict[int, str](), dict[str, Output](), set[str]()
+
+        def step() -> None:
+            """What has ended is put together, and forgotten, while the next step is computed."""
+            for delta in self.step():
+                if delta.finish_reason is not None and delta.id in left and self.finished(delta.id):
+                    outputs[delta.id] = self.result(delta.id)
+                    left.remove(delta.id)
+                    self.forget(delta.id)
+
         try:
-            for index in sorted(range(len(prompts)), key=lambda i: -most[i]):
+            for index in sorted(range(len(prompts)), key=lambda i: -(params[i].max_tokens or math.inf)):
                 names[index] = self.add_request(prompts[index], params[index])
+                left.add(names[index])
                 if self.engine.scheduler.fills_a_step:
-                    self.step()  # while the others are read
+                    step()  # while the others are read
             for name in names.values():
-                while not self.finished(name):
-                    self.step()
-            return [self.result(names[index]) for index in range(len(prompts))]
+                while name in left and not self.finished(name):
+                    step()
+            return [outputs.get(names[index]) or self.result(names[index]) for index in range(len(prompts))]
         except UsageError:  # of a prompt, when those before it may have begun
             for name in names.values():
                 self.abort(name)
-            while len(self._streams) == len(names) and not self.engine.idle:
+            while len(self._streams) == len(left) and not self.engine.idle:
                 self.step()
             raise
         finally:
@@ -371,17 +376,13 @@ def warm(model: str | Path | None = None, *, status: Say | None = None, **option
     Takes the GPU memory that the model would take, for as long as it runs. `status` is that of `LLM`.
     """
     blueprint, here = _blueprint(model, options)
-    return warm_up(blueprint, Tokenizer.load(here).vocab_size, status or _silent)
+    return warm_up(blueprint, Tokenizer.load(here).vocab_size, status or (lambda *_: None))
 
 
 def _blueprint(model: str | Path | None, options: dict[str, object]) -> tuple[Blueprint, Path]:
     config = EngineConfig.of(options)
     here = Source(str(model or DEMO)).description()
     return Blueprint(registry.parse(HFConfig.load(here, config.ignore_config)), config), here
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass
 
 
 def _generation_config(path: Path) -> dict[str, object]:

@@ -52,6 +52,21 @@ def test_the_first_step_does_not_wait_for_the_last_prompt(llm, monkeypatch):
         assert output.token_ids == llm.generate(prompt, params(max_tokens=3, ignore_eos=True)).token_ids
 
 
+def test_what_has_ended_is_forgotten_while_others_are_answered(llm, monkeypatch):
+    held, step = [], llm.step
+
+    def watched():
+        held.append(len(llm.in_flight().requests))
+        return step()
+
+    monkeypatch.setattr(llm, "step", watched)
+    asked = [SamplingParams(max_tokens=most, n=n, ignore_eos=True) for most, n in ((3, 2), (12, 1), (6, 1))]
+    outputs = llm.generate([[70, 71], [72, 73], [74, 75]], asked)
+    assert held[0] == 4 and held[-1] == 1 and sorted(held, reverse=True) == held
+    assert [[len(c.token_ids) for c in o.choices] for o in outputs] == [[3, 3], [12], [6]]
+    assert not llm.in_flight().requests
+
+
 def test_who_may_say_most_begins_first_and_answers_keep_the_order_of_prompts(llm, monkeypatch):
     order, read = [], llm.read
     monkeypatch.setattr(llm, "read", lambda prompt, *rest: order.append(prompt[0]) or read(prompt, *rest))
