@@ -115,8 +115,9 @@ class Load(NamedTuple):
 
     def seconds(self, llm: LLM) -> float:
         """Until the last answer, all sent at once. RuntimeError if one has another length than it was to have."""
+        wishes = [peers.wish(False, new) for new in self.new]
         start = time.perf_counter()
-        outputs = llm.generate(self.prompts, [peers.wish(False, new) for new in self.new])
+        outputs = llm.generate(self.prompts, wishes)
         seconds = time.perf_counter() - start
         lengths = [len(output.choices[0].token_ids) for output in outputs]
         if lengths != self.new:

@@ -138,7 +138,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
     "slots": [
         ("if not used.all():", "if False:", slots),  # a free slot is freed
         ("not 0 < ordered[0]", "not 0 <= ordered[0]", slots),  # so is the pad slot
-        ("if set(map(type, slots)) == {int} else None", "", slots),
+        ("if set(map(type, slots)) == {int}:", "if True:", slots),
         ("if not steps.all():", "if False:", slots),  # twice in one call
         ("if n > self.free_count:", "if n > self.free_count + 1:", slots),
         ("if type(n) is not int or n < 0:", "if False:", slots),
