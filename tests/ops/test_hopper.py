@@ -97,7 +97,7 @@ def test_every_tile_of_any_batch_is_done_right(seed):
 @pytest.mark.parametrize("requests", [127, 128, 129, 300])
 def test_more_requests_than_one_look_at_their_starts(requests):
     new = [1 + b % 3 for b in range(requests)]
-    schedule(with_pads(case([n + b % 20 for b, n in enumerate(new)], new, 1, 1, 16, decodes=0), 5))
+    schedule(with_pads(case([n + b % 20 for b, n in enumerate(new)], new, 2, 2, 16, decodes=0), 5))
 
 
 @pytest.mark.cpu
