@@ -37,8 +37,9 @@ def span_of(
 
 @gluon.jit
 def fact(facts, tiles, i: gl.constexpr):
-    """A fact about a tile. It stays until the tile is stored: who brings notes those of tile n when it has brought a
-    block of tile n - 1, so the last block of tile n - 3 is done, and whoever is done with that has stored n - 4."""
+    """A fact about a tile, which stays until that is stored: those of tile n are noted behind the queries of n - 1,
+    which wait until all scores of n - 2 have been asked for, so n - 3 is stored.
+    """
     return gl.sum(facts.index(tiles % 4 * 16 + i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
