@@ -8,8 +8,8 @@ agree with plain torch in fp32. First tokens: one request, by the clock, from th
 prefix cached; the floor is the FLOP of its matmuls and its attention at the rate of a large matmul in the same run. A
 shape counts only if the first tokens are those of the reference ops, up to rounding. Shapes of steps: each graph's
 time, filled with pads (so without attention), and how much more a token costs than in the next smaller one. Beside
-decodes: steps with keys and all, of requests that decode alone, of a prompt alone, and of both together. Exit code 1 if
-anything is wrong.
+decodes: steps with keys and all, of requests that decode alone, of a prompt alone, and of both together; rows are what
+is computed, pads included. Exit code 1 if anything is wrong.
 """
 
 import argparse
@@ -40,7 +40,7 @@ STEP_TOKENS = 8192  # of a step: no prompt here is read in pieces
 ANSWERED = 64  # tokens behind a cached prompt, for the time of a step
 WARM = 10  # answers before the first that is timed: Python too is slower the first times, by a third of its part
 DECODES, BEHIND = 192, 384  # requests that decode beside a prompt, and tokens of theirs to begin with
-CHUNKS = 256, 832, 1856  # tokens of that prompt: a step of it and the decodes has no pads
+CHUNKS = 256, 832, 1856  # tokens of that prompt: a step of both has no pads, one of it alone may have some
 GATED = 300, 77, 1024  # tokens of the prompts that are compared with the reference
 VLLM_FIRST_MS = {
     "llama-3.2-1b": {128: 4.35, 1024: 7.53, 4096: 18.9},
@@ -119,11 +119,12 @@ def beside(shape: str, rounds: int) -> dict:
     """Milliseconds of steps, keys and all, by the tokens of the prompt: it alone, decodes alone, and both in one."""
     options = dict(shape=shape, random_weights=True, prefix_cache=False, max_requests=256, context=2 * max(CHUNKS))
     with LLM(**options) as llm:
-        runner, kinds, marks = llm.engine.runner, [], []
+        runner, kinds, marks, computed = llm.engine.runner, [], [], {}
         send, run = runner.send, runner.run
 
         def noted(step: Shape, rows: list[int], prompts: Sequence[Piece]) -> None:
             kinds.append((len(rows) > 0, len(prompts) > 0))
+            computed[kinds[-1]] = step.decodes + step.tokens  # pads too
             send(step, rows, prompts)
 
         def marked(*given, **more) -> None:
@@ -145,7 +146,7 @@ def beside(shape: str, rounds: int) -> dict:
             marks.clear()
             for i in range(rounds):
                 llm.generate([random_prompt(llm, tokens, seed=i)], peers.wish(False, 1))
-            rows.append({"tokens": tokens, "alone_ms": median(False, True)})
+            rows.append({"tokens": tokens, "alone_ms": median(False, True), "alone_rows": computed[False, True]})
         waiting = set()
         for i in range(DECODES):
             waiting.add(llm.add_request(random_prompt(llm, BEHIND, seed=i), peers.wish(False, max(CHUNKS))))
@@ -160,6 +161,7 @@ def beside(shape: str, rounds: int) -> dict:
                     heard |= {delta.id for delta in llm.step()}
                 llm.step()  # of decodes alone
             row |= {"decodes_ms": median(True, False), "both_ms": median(True, True)}
+            row["both_rows"] = computed[True, True]
         return {"shape": shape, "decodes": DECODES, "behind": BEHIND, "rows": rows}
 
 
@@ -215,12 +217,14 @@ def tables(record: dict) -> Iterator[Table]:
             f"{found['shape']}: a prompt beside {found['decodes']} requests behind some {found['behind']} tokens, ms"
         )
         yield (made := Table(title=title))
-        for name in ("tokens of the prompt", "it alone", "decodes alone", "both in one step", "saved"):
+        for name in ("tokens of the prompt", "it alone", "rows", "decodes alone", "both in one step", "rows", "saved"):
             made.add_column(name, justify="right")
         for row in found["rows"]:
             alone, both = row["alone_ms"] + row["decodes_ms"], row["both_ms"]
-            cells = (f"{row[name]:.2f}" for name in ("alone_ms", "decodes_ms", "both_ms"))
-            made.add_row(f"{row['tokens']:,}", *cells, f"{1 - both / alone:.1%}")
+            made.add_row(
+                f"{row['tokens']:,}", f"{row['alone_ms']:.2f}", f"{row['alone_rows']:,}", f"{row['decodes_ms']:.2f}",
+                f"{row['both_ms']:.2f}", f"{row['both_rows']:,}", f"{1 - both / alone:.1%}",
+            )  # fmt: skip
     for found in record["shapes"]:
         yield (made := Table(title=f"{found['shape']}: steps filled with pads, ms"))
         tokens = sorted({row["tokens"] for row in found["rows"]})
@@ -238,10 +242,10 @@ def tables(record: dict) -> Iterator[Table]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", default=list(WHAT), choices=WHAT)
+    parser.add_argument("--only", nargs="+", default=list(WHAT), choices=WHAT, help="default: all")
     parser.add_argument("--shape", nargs="+", default=list(VLLM_FIRST_MS), choices=shapes.shape_names(), metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=9, help="of first tokens and beside; default 9")
+    parser.add_argument("--json", type=Path, help="file for the figures and what they were taken on")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("error: no GPU that torch can use", file=sys.stderr)

@@ -103,5 +103,6 @@ def test_steps_of_a_prompt_beside_decodes_are_told_from_those_of_each_alone(monk
     for row, tokens in zip(found["rows"], (20, 41), strict=True):
         assert row["tokens"] == tokens and row["alone_ms"] == pytest.approx(tokens * 1e3)
         assert (row["decodes_ms"], row["both_ms"]) == pytest.approx((30, tokens * 1e3 + 30))
+        assert (row["alone_rows"], row["both_rows"]) == (tokens, tokens + 3)
     [table] = bench_prompts.tables({"attention": [], "first": [], "shapes": [], "beside": [found]})
     assert "beside 3 requests" in table.title
