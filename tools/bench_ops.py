@@ -6,9 +6,10 @@ Each figure is the median of many launches replayed in a CUDA graph over rotatin
 """
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from lite_llm import ops
 from lite_llm.config import HFConfig, ModelConfig
 from lite_llm.engine.roofline import copy_rate, matmul_rate
+from lite_llm.engine.runner import Runner
 from lite_llm.models import registry, shapes
 from tools.environment import environment
 
@@ -145,6 +147,25 @@ def timed(call: Callable, variants: list, repeats: int = 15) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / rounds / len(variants))
     return sorted(times[3:])[repeats // 2]
+
+
+@contextlib.contextmanager
+def timed_steps(runner: Runner) -> Iterator[list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
+    """Events before and behind each step that runs meanwhile, on its stream. A profiler would slow steps down."""
+    run, marks = runner.run, []
+
+    def marked(*given, **more) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(*given, **more)
+        end.record()
+        marks.append((start, end))
+
+    runner.run = marked
+    try:
+        yield marks
+    finally:
+        del runner.run
 
 
 def randn(*shape: int) -> torch.Tensor:

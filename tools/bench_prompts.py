@@ -31,7 +31,7 @@ from lite_llm.engine.roofline import matmul_rate
 from lite_llm.engine.runner import Piece, Shape
 from lite_llm.models import shapes
 from tools import bench_peers as peers
-from tools.bench_ops import DEVICE, DTYPE
+from tools.bench_ops import DEVICE, DTYPE, timed_steps
 from tools.environment import environment
 from tools.prompt_attention import OFF, attentions
 
@@ -118,28 +118,21 @@ def ramp(seconds: dict[tuple[int, int], float]) -> list[dict]:
 def beside(shape: str, rounds: int) -> dict:
     """Milliseconds of steps, keys and all, by the tokens of the prompt: it alone, decodes alone, and both in one."""
     options = dict(shape=shape, random_weights=True, prefix_cache=False, max_requests=256, context=2 * max(CHUNKS))
-    with LLM(**options) as llm:
-        runner, kinds, marks, computed = llm.engine.runner, [], [], {}
-        send, run = runner.send, runner.run
+    with LLM(**options) as llm, timed_steps(llm.engine.runner) as marks:
+        runner, kinds, computed = llm.engine.runner, [], {}
+        send = runner.send
 
         def noted(step: Shape, rows: list[int], prompts: Sequence[Piece]) -> None:
             kinds.append((len(rows) > 0, len(prompts) > 0))
             computed[kinds[-1]] = step.decodes + step.tokens  # pads too
             send(step, rows, prompts)
 
-        def marked(*given, **more) -> None:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run(*given, **more)
-            end.record()
-            marks.append((start, end))
-
         def median(decodes: bool, prompts: bool) -> float:
             torch.cuda.synchronize()
             marked = zip(kinds, marks, strict=True)
             return statistics.median(s.elapsed_time(e) for kind, (s, e) in marked if kind == (decodes, prompts))
 
-        runner.send, runner.run = noted, marked
+        runner.send = noted
         rows = []
         for tokens in CHUNKS:
             kinds.clear()

@@ -35,6 +35,7 @@ from lite_llm.engine.roofline import Ceilings, step_costs
 from lite_llm.engine.scheduler import Plan
 from lite_llm.models import shapes
 from tools import bench_peers as peers
+from tools.bench_ops import timed_steps
 from tools.benchmark.work import Lengths
 from tools.environment import environment
 
@@ -164,26 +165,15 @@ def measured(shape: str, options: dict, requests: int, rounds: int, roof: Ceilin
 
 def joins(llm: LLM, load: Load) -> dict:
     """How much of the time the GPU runs no step while requests leave and others join: between the end of one step's
-    graph and the start of the next one's, small edits of the device's tables included. A profiler would slow it down.
+    graph and the start of the next one's, small edits of the device's tables included.
     """
     names = [llm.add_request(ids, peers.wish(False, new)) for ids, new in zip(load.prompts, load.new)]
-    run, marks, ended = llm.engine.runner.run, [], 0
-
-    def marked(*given, **options) -> None:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run(*given, **options)
-        end.record()
-        marks.append((start, end))
-
+    ended = 0
     for _ in range(LEAD):
         llm.step()
-    llm.engine.runner.run = marked
-    try:
+    with timed_steps(llm.engine.runner) as marks:
         for _ in range(WATCHED):
             ended += sum(delta.finish_reason is not None for delta in llm.step())
-    finally:
-        del llm.engine.runner.run
     llm.engine.stream.synchronize()
     for name in names:
         llm.forget(name)

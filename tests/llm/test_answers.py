@@ -67,6 +67,14 @@ def test_what_has_ended_is_forgotten_while_others_are_answered(llm, monkeypatch)
     assert not llm.in_flight().requests
 
 
+def test_a_bad_prompt_behind_answers_that_have_ended_leaves_no_step_under_way(llm, monkeypatch):
+    monkeypatch.setattr(llm.engine, "ahead", 1)  # a step lands when the next one is launched, as on a GPU
+    prompts = [[i + 1] * 10 for i in range(3 * OPTIONS["step_tokens"] // 10)]
+    with pytest.raises(UsageError, match="empty"):
+        llm.generate([*prompts, []], params(max_tokens=1))
+    assert llm.engine.idle and not llm.in_flight().requests
+
+
 def test_who_may_say_most_begins_first_and_answers_keep_the_order_of_prompts(llm, monkeypatch):
     order, read = [], llm.read
     monkeypatch.setattr(llm, "read", lambda prompt, *rest: order.append(prompt[0]) or read(prompt, *rest))

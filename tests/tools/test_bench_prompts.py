@@ -106,3 +106,25 @@ def test_steps_of_a_prompt_beside_decodes_are_told_from_those_of_each_alone(monk
         assert (row["alone_rows"], row["both_rows"]) == (tokens, tokens + 3)
     [table] = bench_prompts.tables({"attention": [], "first": [], "shapes": [], "beside": [found]})
     assert "beside 3 requests" in table.title
+
+
+def test_cudnn_is_the_faster_of_its_ways_and_each_kernel_the_median_of_its_turns(monkeypatch):
+    """Seconds by the kernel: the first turn is the slowest for all, the last the fastest."""
+    seconds = {"ours": 2.0, "portable": 4.0, "slow": 8.0, "fast": 1.0}
+    turns = []
+
+    def timed(call, made):
+        name = getattr(call, "name", "ours" if len(turns) % 4 == 0 else "portable")
+        turns.append(name)
+        return seconds[name] * (1.5 if len(turns) <= 4 else 0.5 if len(turns) > 4 * 4 else 1.0)
+
+    ways = [lambda made: None, lambda made: None]
+    ways[0].name, ways[1].name = "slow", "fast"
+    monkeypatch.setattr(prompt_attention, "timed", timed)
+    monkeypatch.setattr(prompt_attention, "cudnn", lambda made, causal: ways)
+    monkeypatch.setattr(prompt_attention, "WORKS", [WORK._replace(new=[4, 4], old=[0, 0], scattered=False)])
+    [row] = prompt_attention.attentions()
+    unit = prompt_attention.WORKS[0].flops / 1e12
+    found = [row[name] for name in ("tflop_s", "portable_tflop_s", "cudnn_tflop_s")]
+    assert turns == ["ours", "portable", "slow", "fast"] * 5 and row["off"] < 1e-5
+    assert found == pytest.approx([unit / 2.0, unit / 4.0, unit / 1.0])
