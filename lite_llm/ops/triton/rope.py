@@ -12,7 +12,10 @@ from lite_llm.ops.triton.kv import check_pools
 from lite_llm.ops.triton.launch import pdl, release, wait
 from lite_llm.ops.triton.layout import FLOATS, INTS, check, row_stride, token_stride
 
-_HEADS = 4  # per program: short chains of loads, and enough programs at one token
+_NUMBERS = 512
+"""Of each half in a program, or nearly: with half as many, 2,048 tokens of 32 heads over 8 took a third longer on an H200
+at head dimension 128, and with a quarter 2.8 times as long at 64; with twice as many nothing was gained.
+"""
 _FEW = 512
 """Tokens up to which a launch ahead of its turn pays, by an estimate: of more, that each small program waits costs more
 than it brings. 8,192 tokens of Llama-3.1-8B took 65 us on an H200 before this kernel was launched so, 122 since.
@@ -25,10 +28,11 @@ def rope_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tokens, heads, head_dim = x.shape
     half = _check_tables(positions, cos, sin, x, tokens, head_dim)
     if x.numel():
-        grid = (tokens, triton.cdiv(heads, _HEADS))
+        together = _heads(half)
+        grid = (tokens, triton.cdiv(heads, together))
         dependent = tokens <= _FEW and pdl(x.device)
         _rope_kernel[grid](
-            x, positions, cos, sin, heads, stride, head_dim, half, *_blocks(head_dim, half)[:1], _HEADS, dependent,
+            x, positions, cos, sin, heads, stride, head_dim, half, *_blocks(head_dim, half)[:1], together, dependent,
             launch_pdl=dependent,
         )  # fmt: skip
     return x
@@ -67,11 +71,12 @@ def rope_store_kv_(
 
     q = qkv.new_empty(tokens, heads, head_dim)
     if tokens:
-        grid = (tokens, triton.cdiv(heads + 2 * kv_heads, _HEADS))
+        together = _heads(half)
+        grid = (tokens, triton.cdiv(heads + 2 * kv_heads, together))
         dependent = tokens <= _FEW and pdl(qkv.device)
         _rope_store_kv_kernel[grid](
             q, k_pool, v_pool, qkv, positions, slots, cos, sin, q_norm, k_norm, eps, heads, kv_heads,
-            qkv_stride, *pool_strides, head_dim, half, *_blocks(head_dim, half), _HEADS, dependent,
+            qkv_stride, *pool_strides, head_dim, half, *_blocks(head_dim, half), together, dependent,
             launch_pdl=dependent,
         )  # fmt: skip
     return q
@@ -86,6 +91,11 @@ def _check_tables(positions: Tensor, cos: Tensor, sin: Tensor, x: Tensor, tokens
     if cos.dim() != 2 or not 0 < 2 * half <= head_dim:
         raise ValueError(f"cos: shape {list(cos.shape)}; expected [positions, 1 to {head_dim // 2}]")
     return half
+
+
+def _heads(half: int) -> int:
+    """Heads of a program."""
+    return min(max(_NUMBERS // triton.next_power_of_2(half), 1), 32)
 
 
 def _blocks(head_dim: int, half: int) -> tuple[int, int]:
@@ -204,7 +214,7 @@ def aot_cases(capability: int) -> list[AotCase]:
             name=f"rope {dtype} 128",
             kernel=_rope_kernel,
             signature={"x": f"*{dtype}", "heads": "i32", "stride": "i32"} | tables,
-            constexprs={"HEAD_DIM": 128, "HALF": 64, "HALF_BLOCK": 64, "HEADS": _HEADS, "PDL": capability >= 90},
+            constexprs={"HEAD_DIM": 128, "HALF": 64, "HALF_BLOCK": 64, "HEADS": _heads(64), "PDL": capability >= 90},
             attrs={"stride": 16},
         )
 
@@ -220,7 +230,7 @@ def aot_cases(capability: int) -> list[AotCase]:
             | {"slots": "*i32", "eps": "fp32"}
             | tables,
             constexprs={"HEAD_DIM": head_dim, "HALF": half, "HALF_BLOCK": half_block, "REST_BLOCK": rest_block}
-            | {"HEADS": _HEADS, "PDL": few and capability >= 90}
+            | {"HEADS": _heads(half), "PDL": few and capability >= 90}
             | dict.fromkeys(() if norm else norms),
             attrs=dict.fromkeys(strides, 16),
         )
