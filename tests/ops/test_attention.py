@@ -175,6 +175,16 @@ def test_decodes_only_chooses_the_kernel():
         check(replace(c, decodes=decodes))
 
 
+def test_where_all_decode_nobody_needs_to_say_which_token_is_whose():
+    c = case([40, 3, 0, 70])
+    want = c.run()
+    for attend in (attention.attend, reference.attend):
+        assert_close(replace(c, q_start=None).run(attend), want)
+    for other in (case([40, 3], [1, 2]), replace(c, q=torch.cat([c.q, c.q]))):
+        with pytest.raises(ValueError, match="^q_start: None; expected where all decode"):
+            replace(other, q_start=None).run()
+
+
 def test_prompts_and_decodes_run_on_two_streams_and_what_comes_next_waits_for_both(monkeypatch):
     """The streams here are lists of what they were told; the kernels say where they were launched."""
 

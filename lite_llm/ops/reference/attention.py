@@ -21,7 +21,7 @@ def attend(
     v_pool: Tensor,
     table: Tensor,
     rows: Tensor,
-    q_start: Tensor,
+    q_start: Tensor | None,
     kv_len: Tensor,
     decodes: int,
     scale: float,
@@ -34,15 +34,16 @@ def attend(
     q_start[b] to q_start[b + 1] of q (int32 [B + 1]) and the last of them sits at position kv_len[b] - 1 (int32 [B]).
     Position p of request b is cached in slot table[rows[b], p] (int32 [R, L]; int32 [B]). Query head h reads KV head
     h // (heads // kv_heads). The first `decodes` requests own exactly one token each; the op's result does not depend
-    on it, its choice of kernel does. `window` limits each token to its last `window` positions, itself included.
-    A request with kv_len 0 gets zeros. Returns [T, heads, head_dim] in q's dtype; softmax and sums in fp32.
+    on it, its choice of kernel does. Where they own all of q, `q_start` may be None. `window` limits each token to its
+    last `window` positions, itself included. A request with kv_len 0 gets zeros. Returns [T, heads, head_dim] in q's
+    dtype; softmax and sums in fp32.
 
     Without `causal` every new token sees all kv_len cached tokens, as in an encoder: then there may be no window, and
     `decodes` is 0.
     """
     out = torch.zeros_like(q)
     kv_heads = k_pool.shape[1]
-    starts = q_start.tolist()
+    starts = range(len(q) + 1) if q_start is None else q_start.tolist()
     for b, length in enumerate(kv_len.tolist()):
         tokens = slice(starts[b], starts[b + 1])
         if length == 0 or tokens.start == tokens.stop:

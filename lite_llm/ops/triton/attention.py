@@ -26,7 +26,7 @@ def attend(
     v_pool: Tensor,
     table: Tensor,
     rows: Tensor,
-    q_start: Tensor,
+    q_start: Tensor | None,
     kv_len: Tensor,
     decodes: int,
     scale: float,
@@ -72,8 +72,8 @@ def attend_flash(
 
 
 def _check(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, rows: Tensor, q_start: Tensor, kv_len: Tensor,
-    decodes: int, scale: float, window: int | None, causal: bool,
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor, rows: Tensor, q_start: Tensor | None,
+    kv_len: Tensor, decodes: int, scale: float, window: int | None, causal: bool,
 ) -> None:  # fmt: skip
     """A kernel reads whatever its pointers say, so anything it cannot read right is refused here, by name."""
     for name, t, dims in (("q", q, 3), ("k_pool", k_pool, 3), ("table", table, 2), ("rows", rows, 1)):
@@ -84,7 +84,10 @@ def _check(
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
         check(name, pool, (slots, kv_heads, head_dim), q.dtype, like=q)
     for name, t, size in (("rows", rows, requests), ("q_start", q_start, requests + 1), ("kv_len", kv_len, requests)):
-        check(name, t, (size,), torch.int32, like=q)
+        if t is not None:
+            check(name, t, (size,), torch.int32, like=q)
+    if q_start is None and not tokens == requests == decodes:
+        raise ValueError(f"q_start: None; expected where all decode, not {decodes} of {requests} with {tokens} tokens")
     check("table", table, dtype=torch.int32, like=q, contiguous=False)
     if table.stride(1) != 1 and table.shape[1] > 1:
         raise ValueError(f"table: strides {list(table.stride())}; expected contiguous rows")
