@@ -13,8 +13,8 @@ from lite_llm.ops.triton.launch import pdl, release, wait
 from lite_llm.ops.triton.layout import FLOATS, INTS, check, row_stride, token_stride
 
 _NUMBERS = 512
-"""Of each half in a program, or nearly: with half as many, 2,048 tokens of 32 heads over 8 took a third longer on an H200
-at head dimension 128, and with a quarter 2.8 times as long at 64; with twice as many nothing was gained.
+"""Of each half in a program, or nearly: with half as many, 2,048 tokens of 32 heads over 8 took a third longer on an
+H200 at head dimension 128, and with a quarter 2.8 times as long at 64; with twice as many nothing was gained.
 """
 _FEW = 512
 """Tokens up to which a launch ahead of its turn pays, by an estimate: of more, that each small program waits costs more
