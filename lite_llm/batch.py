@@ -1,5 +1,6 @@
 """What one forward pass sees. Tensors only: no requests, no text, no policy."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,14 +22,21 @@ class Batch:
     tokens: Tensor  # [T]    int32 token ids
     positions: Tensor  # [T]    int32 position of each token within its request
     slots: Tensor  # [T]    int32 KV slot each token is written to
-    q_start: Tensor  # [B+1]  int32 first token of each request
+    q_start: Tensor | None  # [B+1]  int32 first token of each request; None: request b has token b
     kv_len: Tensor  # [B]    int32 cached tokens of each request, this step included
     table: Tensor  # [R, L] int32 resident: slot of position p of the request in row r
     rows: Tensor  # [B]    int32 row of the table that belongs to each request
-    logits_at: Tensor | None  # [N] int32 tokens whose logits are wanted; None: all
+    logits_at: Tensor | None  # [B] int32 last token of each request, whose logits are wanted; None: those of all
     decodes: int
     features: Tensor | None = None  # [T, hidden] embeddings of picture tokens, in the model's dtype; None: no pictures
     pictured: Tensor | None = None  # [T]    bool tokens whose embedding is their row of `features`
+
+    def last(self) -> "Batch":
+        """The tokens at `logits_at` alone, as attention sees them: each request decodes its last one.
+
+        For layers behind the keys and values; what is embedded, turned and stored is still that of all tokens.
+        """
+        return dataclasses.replace(self, q_start=None, logits_at=None, decodes=len(self.rows))
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ def _batch(prompts: list[Prompt], shown: list[Tensor] | None, pieces, table: Ten
         kv_len=torch.tensor([done + n for _, done, n in pieces], **ints),
         table=table,
         rows=torch.tensor([row for row, _, _ in pieces], **ints),
-        logits_at=torch.arange(sum(counts), device=device),
+        logits_at=None,
         decodes=len(pieces) if max(counts) == 1 else 0,
         features=features,
         pictured=None if features is None else features.any(-1),

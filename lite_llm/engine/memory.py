@@ -7,7 +7,7 @@ import torch
 
 from lite_llm.config import EngineConfig, ModelConfig
 from lite_llm.engine import vision
-from lite_llm.engine.runner import shapes, verifying
+from lite_llm.engine.runner import PROMPTS, shapes, verifying
 from lite_llm.engine.scheduler import MOST_REVEALED
 from lite_llm.errors import DoesNotFit, UsageError
 
@@ -62,10 +62,11 @@ def plan_memory(
     cfg: ModelConfig, config: EngineConfig, device: torch.device, dtype: torch.dtype, weights: int
 ) -> MemoryPlan:
     """Divide the device's free memory. DoesNotFit, with the numbers, if the wishes in `config` cannot be met."""
-    if config.max_requests * cfg.kv_heads > _MOST_OWNERS:
+    owners = _MOST_OWNERS // cfg.kv_heads  # with max_requests that decode, up to as many prompts
+    if config.max_requests > (most := max(owners - PROMPTS, owners // 2)):
         raise UsageError(
             f"max_requests = {config.max_requests}; with the {cfg.kv_heads} KV heads of this model at most "
-            f"{_MOST_OWNERS // cfg.kv_heads} can advance together",
+            f"{most} can advance together",
             "lower max_requests",
         )
     free, item = free_memory(device), dtype.itemsize
@@ -86,7 +87,9 @@ def plan_memory(
         logits += (config.max_requests * item + MOST_REVEALED * (item + 4 * 2)) * cfg.vocab
         tables = rows * (4 * context + 8 * cfg.vocab + cfg.vocab // 8) + 4 * context * cfg.rope.rotary
         tokens = max(config.step_tokens + config.max_requests, most)
-        partial = partial_sums(cfg, max(config.max_requests, most), context) if device.type == "cuda" else 0
+        # In the last block prompts are decodes too, of their last tokens.
+        together = max(config.max_requests + min(PROMPTS, config.max_requests), most)
+        partial = partial_sums(cfg, together, context) if device.type == "cuda" else 0
         pictures = vision.workspace(cfg, item, tokens) if cfg.vision is not None else 0
         graphs = 0
         if device.type == "cuda" and config.cuda_graphs:

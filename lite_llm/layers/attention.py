@@ -27,13 +27,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(make, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(make, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
 
-    def add_(self, x: Tensor, norm: RMSNorm, batch: Batch, kv: KVPool, rope: RopeTable, ahead: Linear) -> Tensor:
-        """`x += attention(norm(x))`, in place; x is [T, hidden]. `ahead` is the layer whose weight is read next."""
+    def project_(self, kv: KVPool, x: Tensor, norm: RMSNorm, batch: Batch, rope: RopeTable) -> Tensor:
+        """Queries [T, heads, head_dim] of `norm(x)`; keys and values go to their slots. x is [T, hidden]."""
         k_pool, v_pool = kv.k[self.layer], kv.v[self.layer]
         q_norm, k_norm = (self.q_norm.weight, self.k_norm.weight) if self.q_norm is not None else (None, None)
-        q = self.qkv.project_qkv_(k_pool, v_pool, x, norm, batch, rope, q_norm, k_norm, ahead=self.out)
+        return self.qkv.project_qkv_(k_pool, v_pool, x, norm, batch, rope, q_norm, k_norm, ahead=self.out)
+
+    def add_(self, x: Tensor, q: Tensor, batch: Batch, kv: KVPool, ahead: Linear) -> Tensor:
+        """Add what the queries find in the pool to x, in place. `ahead` is the layer whose weight is read next."""
         o = ops.attend(
-            q, k_pool, v_pool, batch.table, batch.rows, batch.q_start, batch.kv_len, batch.decodes,
+            q, kv.k[self.layer], kv.v[self.layer], batch.table, batch.rows, batch.q_start, batch.kv_len, batch.decodes,
             self.head_dim**-0.5, self.window,
         )  # fmt: skip
         return self.out.add_(x, o.flatten(1), ahead)

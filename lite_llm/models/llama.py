@@ -107,9 +107,17 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(make, cfg.hidden, cfg.norm_eps)
         self.mlp = GatedMLP(make, cfg.hidden, cfg.ffn, cfg.mlp_bias)
 
-    def forward(self, x: Tensor, batch: Batch, kv: KVPool, rope: RopeTable, ahead: Linear | Head) -> Tensor:
-        """Both branches are added to the stream x [T, hidden] in place. `ahead` is the layer behind this block."""
-        self.attn.add_(x, self.attn_norm, batch, kv, rope, ahead=self.mlp.gate_up)
+    def forward(self, x: Tensor, batch: Batch, kv: KVPool, rope: RopeTable, ahead: Linear | Head, last: bool) -> Tensor:
+        """Both branches are added to the stream x [T, hidden] in place. `ahead` is the layer behind this block.
+
+        The last one gives [B, hidden] if not all logits are wanted: of the other tokens nobody needs more than their
+        keys and values.
+        """
+        q = self.attn.project_(kv, x, self.attn_norm, batch, rope)
+        if last and batch.logits_at is not None:
+            x, q = (t.index_select(0, batch.logits_at) for t in (x, q))  # x[...] would turn int32 into int64 first
+            batch = batch.last()
+        self.attn.add_(x, q, batch, kv, ahead=self.mlp.gate_up)
         return self.mlp.add_(x, self.mlp_norm, ahead)
 
 
@@ -125,11 +133,11 @@ class Llama(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, batch: Batch, kv: KVPool) -> Tensor:
-        """Logits [N, vocab] of the tokens at `batch.logits_at`; K and V of all tokens go to their slots."""
+        """Logits [B, vocab] of the tokens at `batch.logits_at`, or of all; K and V of all go to their slots."""
         x = self.embed(batch.tokens)
         if batch.features is not None:
             x = torch.where(batch.pictured[:, None], batch.features, x)
         following = [*(block.attn.qkv for block in self.blocks[1:]), self.head]
         for block, ahead in zip(self.blocks, following, strict=True):
-            x = block(x, batch, kv, self.rope, ahead)
-        return self.head(x if batch.logits_at is None else x[batch.logits_at], self.norm)
+            x = block(x, batch, kv, self.rope, ahead, last=block is self.blocks[-1])
+        return self.head(x, self.norm)

@@ -256,6 +256,30 @@ def test_a_llama_with_random_weights_says_what_one_forward_pass_says(llama, seed
             assert logits[token] >= logits.max() - 1e-4
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_last_block_computes_one_token_of_each_prompt(llama, padded):
+    """Or all of them, where its own logprobs are wanted."""
+    model, cfg = llama
+    seen = {}
+    blocks = [model.blocks[0], model.blocks[-1]]
+    hooks = [
+        block.mlp.gate_up.register_forward_pre_hook(lambda _, given, b=b: seen.setdefault(b, []).append(len(given[0])))
+        for b, block in enumerate(blocks)
+    ]
+    try:
+        for revealed in (None, 0):
+            seen.clear()
+            rig = Rig(80, 2, 64, model=model, cfg=cfg, padded=padded)
+            prompts = [ask([1] * n, max_tokens=2, prompt_logprobs=revealed) for n in (20, 9)]
+            rig.answers(*prompts)
+            first, last = seen[0], seen[1]
+            assert first[0] == (32 if padded else 29) and first[1:] == last[1:] == [2]
+            assert last[0] == (2 if revealed is None else first[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _Every(torch.nn.Module):
     """Notes the logits of all tokens, not only of those that are asked for."""
 

@@ -144,7 +144,7 @@ def test_flash_decoding_is_given_what_it_takes_and_no_more():
 
 def test_the_plan_counts_partial_sums_on_a_gpu_alone(plan):
     few, many = (plan(1 << 40, CUDA, max_requests=n, cuda_graphs=False).workspace for n in (1, 200))
-    rest = many - few - (memory.partial_sums(CFG, 200, 4096) - memory.partial_sums(CFG, 1, 4096))
+    rest = many - few - (memory.partial_sums(CFG, 200 + runner.PROMPTS, 4096) - memory.partial_sums(CFG, 2, 4096))
     few, many = (plan(1 << 40, CPU, max_requests=n).workspace for n in (1, 200))
     assert many - few == rest
 
@@ -156,7 +156,8 @@ def test_the_plan_counts_what_drafts_take(plan):
         for device in (CPU, CUDA):
             more, plain = (plan(1 << 40, device, drafts=drafts, **sizes).workspace for drafts in (15, 0))
             logits = (entries - rows) * CFG.vocab * (2 * 4 + 4 * 2)
-            partial = memory.partial_sums(CFG, entries, 4096) - memory.partial_sums(CFG, requests, 4096)
+            before = max(shape.requests for shape in runner.shapes(requests, 200))
+            partial = memory.partial_sums(CFG, max(entries, before), 4096) - memory.partial_sums(CFG, before, 4096)
             graphs = len(runner.verifying(requests, 15)) * (9 * CFG.num_layers + 16) * 8192
             assert more - plain == logits + (partial + graphs if device == CUDA else 0)
 
@@ -173,14 +174,22 @@ def test_the_plan_counts_every_graph_that_is_recorded(plan, drafts):
 
 
 def test_more_requests_than_there_are_tickets_are_refused():
-    wish, most = EngineConfig(max_requests=1, step_tokens=1 << 20), launch.TICKETS // CFG.kv_heads
-    for device in (CPU, CUDA):
-        with pytest.raises(UsageError, match=f"^max_requests = {most + 1}; with the 2 KV heads .* at most {most} "):
-            plan_memory(CFG, dataclasses.replace(wish, max_requests=most + 1), device, torch.float32, WEIGHTS)
+    wish = EngineConfig(max_requests=1, step_tokens=1 << 20)
+    for kv_heads, device in itertools.product((2, 1024, 2048), (CPU, CUDA)):
+        cfg = dataclasses.replace(CFG, heads=kv_heads, kv_heads=kv_heads)
+        most = most_requests(kv_heads)
+        with pytest.raises(UsageError, match=f"^max_requests = {most + 1}; with the {kv_heads} KV .* at most {most} "):
+            plan_memory(cfg, dataclasses.replace(wish, max_requests=most + 1), device, torch.float32, WEIGHTS)
+
+
+def most_requests(kv_heads: int) -> int:
+    """Whose steps with most requests, prompts beside decodes, have a ticket for each KV head of each."""
+    needed = lambda n: max(shape.requests for shape in runner.shapes(n, 1 << 20)) * kv_heads  # noqa: E731
+    return next(n for n in range(launch.TICKETS // kv_heads, 0, -1) if needed(n) <= launch.TICKETS)
 
 
 def test_as_many_requests_as_there_are_tickets_are_planned(plan):
-    assert plan(1 << 50, max_requests=launch.TICKETS // CFG.kv_heads, step_tokens=1 << 20).left > 0
+    assert plan(1 << 50, max_requests=most_requests(CFG.kv_heads), step_tokens=1 << 20).left > 0
 
 
 @pytest.mark.parametrize("shape", ["tiny-llava-1.5-7b", "llava-1.5-7b", "llava-1.6-mistral-7b"])

@@ -67,7 +67,7 @@ def attention_inputs(length):
     batch = Batch(
         tokens=torch.zeros(length, dtype=torch.int64), positions=torch.arange(length), slots=slots,
         q_start=torch.tensor([0, length]).int(), kv_len=torch.tensor([length]).int(), table=slots[None].int(),
-        rows=torch.zeros(1).int(), logits_at=torch.arange(length), decodes=0,
+        rows=torch.zeros(1).int(), logits_at=None, decodes=0,
     )  # fmt: skip
     return batch, kv
 
@@ -79,7 +79,8 @@ def test_attention(layer, qk_norm):
     attention, rope = filled(Attention(MAKE, cfg, layer)), RopeTable(MAKE, cfg.rope, cfg.max_len)
     batch, kv = attention_inputs(length := 7)
     norm, x = filled(RMSNorm(MAKE, cfg.hidden, 1e-2)), torch.randn(length, cfg.hidden)
-    got = attention.add_(x.clone(), norm, batch, kv, rope, ahead=attention.out) - x
+    q = attention.project_(kv, x, norm, batch, rope)
+    got = attention.add_(x.clone(), q, batch, kv, ahead=attention.out) - x
 
     qkv = (norm(x) @ attention.qkv.weight.T + attention.qkv.bias).view(length, -1, 8)
     q, k, v = qkv.split([6, 2, 2], dim=1)
@@ -101,7 +102,8 @@ def test_attention_writes_to_its_own_layer_only():
     attention, rope = filled(Attention(MAKE, CFG, 1)), RopeTable(MAKE, CFG.rope, CFG.max_len)
     batch, kv = attention_inputs(4)
     norm = filled(RMSNorm(MAKE, CFG.hidden, 1e-2))
-    attention.add_(torch.randn(4, CFG.hidden), norm, batch, kv, rope, ahead=attention.out)
+    x = torch.randn(4, CFG.hidden)
+    attention.add_(x, attention.project_(kv, x, norm, batch, rope), batch, kv, ahead=attention.out)
     assert kv.k[0].isnan().all() and kv.v[0].isnan().all()
     assert kv.k[1, 0].isnan().all() and kv.k[1, 1:].isfinite().all()  # slot 0 is the pad slot
 

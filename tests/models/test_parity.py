@@ -5,6 +5,7 @@ slots turns into NaN.
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterable
 
 import pytest
@@ -130,7 +131,10 @@ def their_logits(theirs: torch.nn.Module, prompts: list[Tensor]) -> list[Tensor]
 
 @torch.no_grad()
 def our_logits(ours: torch.nn.Module, cfg: ModelConfig, prompts: list[Tensor], seed: int = 0) -> list[Tensor]:
-    """[n, vocab] of each prompt, cut into random chunks, mixed with decodes, over slots and table rows in any order."""
+    """[n, vocab] of each prompt, cut into random chunks, mixed with decodes, over slots and table rows in any order.
+
+    The last token of each chunk has its logits from a forward pass for last tokens alone, whose keys and values stay.
+    """
     draw = torch.Generator().manual_seed(seed)
     first, device = next(ours.parameters()), prompts[0].device
     width = max(map(len, prompts)) + 2
@@ -150,17 +154,17 @@ def our_logits(ours: torch.nn.Module, cfg: ModelConfig, prompts: list[Tensor], s
         plan.sort(key=lambda piece: piece[2] - piece[1] > 1)  # who advances by one comes first
         for b, start, end in plan:
             table[rows[b], start:end] = slots[b, start:end]
-        batch = batch_of(plan, prompts, table, rows, draw)
-        logits, at = ours(batch, kv), 0
-        rank = batch.logits_at.argsort()
-        for b, start, end in plan:
-            got[b][start:end] = logits[rank[at : at + end - start]]
+        batch = batch_of(plan, prompts, table, rows)
+        every, at = ours(dataclasses.replace(batch, logits_at=None), KVPool(kv.k.clone(), kv.v.clone())), 0
+        for (b, start, end), last in zip(plan, ours(batch, kv), strict=True):
+            got[b][start:end] = every[at : at + end - start]
+            got[b][end - 1] = last
             done[b], at = end, at + end - start
     return got
 
 
-def batch_of(plan: list, prompts: list[Tensor], table: Tensor, rows: Tensor, draw: torch.Generator) -> Batch:
-    """Request b advances from `start` to `end` for each (b, start, end); logits of all tokens in a random order."""
+def batch_of(plan: list, prompts: list[Tensor], table: Tensor, rows: Tensor) -> Batch:
+    """Request b advances from `start` to `end` for each (b, start, end)."""
     device = table.device
     lengths = torch.tensor([end - start for _, start, end in plan])
     positions = torch.cat([torch.arange(start, end) for _, start, end in plan]).to(device)
@@ -173,7 +177,7 @@ def batch_of(plan: list, prompts: list[Tensor], table: Tensor, rows: Tensor, dra
         kv_len=torch.tensor([end for _, _, end in plan], dtype=torch.int32, device=device),
         table=table,
         rows=mine.int().to(device),
-        logits_at=torch.randperm(len(positions), generator=draw).to(device),
+        logits_at=(lengths.cumsum(0) - 1).int().to(device),
         decodes=int((lengths == 1).sum()),
     )
 

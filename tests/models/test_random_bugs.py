@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lite_llm import ops
+from lite_llm.batch import Batch
 from lite_llm.layers import Attention, Head, Linear
 from lite_llm.models import llama
 from lite_llm.ops import reference
@@ -97,8 +98,8 @@ def row_of_the_neighbour(patch):
 
 
 def layer_of_the_neighbour(patch):
-    def add_(f, self, x, norm, batch, kv, *rest, **named):
-        return f(self, x, norm, batch, dataclasses.replace(kv, k=kv.k.flip(0)), *rest, **named)
+    def add_(f, self, x, q, batch, kv, *rest, **named):
+        return f(self, x, q, batch, dataclasses.replace(kv, k=kv.k.flip(0)), *rest, **named)
 
     wrap(patch, Attention, "add_", add_)
 
@@ -124,6 +125,36 @@ def changed_attend(**change):
         wrap(patch, ops, "attend", attend)
 
     return plant
+
+
+def last_block_stores_what_is_wanted_alone(patch):
+    def project_(f, self, kv, x, norm, batch, rope):
+        before, q = kv.k[self.layer].clone(), f(self, kv, x, norm, batch, rope)
+        if self.layer == 1 and batch.logits_at is not None:
+            unwanted = [t for t in range(len(x)) if t not in batch.logits_at]
+            kv.k[self.layer, batch.slots[unwanted]] = before[batch.slots[unwanted]]
+        return q
+
+    wrap(patch, Attention, "project_", project_)
+
+
+def changed_last(**change):
+    def plant(patch):
+        def last(f, batch):
+            made = f(batch)
+            return dataclasses.replace(made, **{name: new(getattr(made, name)) for name, new in change.items()})
+
+        wrap(patch, Batch, "last", last)
+
+    return plant
+
+
+def first_token_of_each_piece(patch):
+    def forward(f, self, x, batch, *rest, **named):
+        at = None if batch.logits_at is None else batch.q_start[:-1]
+        return f(self, x, dataclasses.replace(batch, logits_at=at), *rest, **named)
+
+    wrap(patch, llama.Block, "forward", forward)
 
 
 def norms_skipped(patch):
@@ -190,6 +221,10 @@ BUGS = {
     "table row of the neighbour": (LLAMA, row_of_the_neighbour),
     "cache of another layer": (LLAMA, layer_of_the_neighbour),
     "query heads paired with the wrong kv head": (LLAMA, heads_read_kv_in_turn),
+    "last block stores the keys of last tokens alone": (LLAMA, last_block_stores_what_is_wanted_alone),
+    "last tokens do not see themselves": (LLAMA, changed_last(kv_len=lambda n: n - 1)),
+    "last tokens with the row of the neighbour": (LLAMA, changed_last(rows=lambda rows: rows.roll(1))),
+    "first token of each piece for its last": (LLAMA, first_token_of_each_piece),
     "gelu in place of silu": (LLAMA, gelu_for_silu),
     "head misread": (FAMILIES["llama-tied"], untied_head),
 }
