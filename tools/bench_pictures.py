@@ -33,6 +33,7 @@ from lite_llm.errors import LiteLLMError
 from lite_llm.models import shapes, tiling
 from lite_llm.prompts import Encoded
 from lite_llm.weights.random import random_hf_tensors
+from tools.benchmark.limits import prompt_flops
 from tools.environment import environment
 
 NEAR = 0.25  # nats that a token may be below the best: what rounding moves logits of bf16
@@ -177,8 +178,7 @@ def tower_times(llm: LLM) -> list[dict]:
 
 def flops(model: nn.Module, cfg, prompt: Encoded) -> float:
     """Of the matmuls and the attention behind a first token."""
-    n, q = len(prompt.ids), cfg.heads * cfg.head_dim
-    total = 2 * n * _numbers(model.text.blocks) + 2 * cfg.num_layers * q * n * n + 2 * cfg.hidden * cfg.vocab
+    total = prompt_flops(cfg, len(prompt.ids))
     tiles = sum(len(picture) for _, picture in prompt.pictures)
     seen, layers = 1 + cfg.vision.side**2, max(cfg.vision.feature_layers)
     tower = 2 * seen * _numbers(model.vision.blocks[:layers]) + 4 * layers * cfg.vision.hidden * seen * seen

@@ -5,11 +5,12 @@
 Attention: medians of graph replays, by turns; TFLOP/s of what a causal mask leaves; "portable" is the kernel for GPUs
 other than Hopper; cuDNN through torch, dense, on the same keys and values. A row counts only if some of its results
 agree with plain torch in fp32. First tokens: one request, by the clock, from the call to the token, random weights, no
-prefix cached; the floor is the FLOP of its matmuls and its attention at the rate of a large matmul in the same run. A
-shape counts only if the first tokens are those of the reference ops, up to rounding. Shapes of steps: each graph's
-time, filled with pads (so without attention), and how much more a token costs than in the next smaller one. Beside
-decodes: steps with keys and all, of requests that decode alone, of a prompt alone, and of both together; rows are what
-is computed, pads included. Exit code 1 if anything is wrong.
+prefix cached; the floor is the FLOP that its matmuls and its attention need at least (the last layer of most tokens
+only for their keys and values) at the rate of a large matmul in the same run. A shape counts only if the first tokens
+are those of the reference ops, up to rounding. Shapes of steps: each graph's time, filled with pads (so without
+attention), and how much more a token costs than in the next smaller one. Beside decodes: steps with keys and all, of
+requests that decode alone, of a prompt alone, and of both together; rows are what is computed, pads included. Exit code
+1 if anything is wrong.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from lite_llm.engine.runner import Piece, Shape
 from lite_llm.models import shapes
 from tools import bench_peers as peers
 from tools.bench_ops import DEVICE, DTYPE, timed_steps
+from tools.benchmark.limits import prompt_flops
 from tools.environment import environment
 from tools.prompt_attention import OFF, attentions
 
@@ -69,7 +71,7 @@ def firsts(shape: str, rounds: int, roof: float) -> dict:
                 start = time.perf_counter()
                 llm.generate([prompt], peers.wish(False, 1))
                 times.append((time.perf_counter() - start) * 1e3)
-            ms, floor = statistics.median(times[1:]), flops(llm, length) / roof * 1e3
+            ms, floor = statistics.median(times[1:]), prompt_flops(llm.cfg, length) / roof * 1e3
             theirs = VLLM_FIRST_MS.get(shape, {}).get(length)
             rows.append({"tokens": length, "ms": ms, "ms_rounds": times[1:], "floor_ms": floor, "vllm_ms": theirs})
     found = cached(options | {"context": max(lengths) + ANSWERED + 8}, max(lengths), rounds)
@@ -165,14 +167,6 @@ def told(llm: LLM, logprobs: int | None = None) -> list:
 
 def random_prompt(llm: LLM, length: int, seed: int) -> list[int]:
     return torch.randint(llm.cfg.vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def flops(llm: LLM, tokens: int) -> int:
-    """Of the matmuls and the causal attention of a prompt, and of one row of logits."""
-    cfg, model = llm.cfg, llm.engine.model
-    blocks = sum(p.numel() for block in model.blocks for p in block.parameters() if p.dim() == 2)
-    attend = 2 * cfg.num_layers * cfg.heads * cfg.head_dim * tokens * (tokens + 1)
-    return 2 * tokens * blocks + attend + 2 * cfg.hidden * cfg.vocab
 
 
 def tables(record: dict) -> Iterator[Table]:

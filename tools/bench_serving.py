@@ -58,17 +58,19 @@ class Advance(NamedTuple):
 
 
 def limit(cfg: ModelConfig, itemsize: int, step: Sequence[Advance], roof: Ceilings) -> float:
-    """Seconds of one step at the limit: weights once, keys and values once for each request, logits where needed."""
-    tokens, rows = sum(a.new for a in step), sum(a.sampled for a in step)
+    """Seconds of one step at the limit: weights once, keys and values once for each request, and where logits are not
+    needed nothing of the last layer but new keys and values.
+    """
+    ends = [Advance(a.old + a.new - 1, 1, True) for a in step if a.sampled]
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    read = sum(min(a.old, window or a.old) + a.new for a in step for window in cfg.windows)
-    seen = sum(_pairs(a, window) for a in step for window in cfg.windows)
+    *before, last = cfg.windows
+    attends = [(a, window) for window in before for a in step] + [(a, last) for a in ends]
+    read = sum(min(a.old, window - 1 if window else a.old) + a.new for a, window in attends)
+    seen = sum(_pairs(a, window) for a, window in attends)
     seconds = 0.0
-    for cost in step_costs(cfg, itemsize, tokens, 0):
+    for cost in step_costs(cfg, itemsize, sum(a.new for a in step), 0, wanted=len(ends)):
         if cost.name == "attention":
             cost = dataclasses.replace(cost, bytes=2 * kv * itemsize * read, flops=4 * q * seen)
-        if cost.name == "head":
-            cost = dataclasses.replace(cost, bytes=cost.bytes * (rows > 0), flops=cost.flops * rows // tokens)
         seconds += cost.floor(roof)
     return seconds
 

@@ -43,7 +43,7 @@ def explanation(cfg: ModelConfig, plan: MemoryPlan, last: "Output", roof: Ceilin
         *_table(costs, roof, step, unit),
         "",
         _rest(plan, costs, step - least),
-        _prompt(costs, last, roof),
+        _prompt(cfg, costs, last, roof),
     ]
     return "\n".join(lines)
 
@@ -89,10 +89,10 @@ def _rest(plan: MemoryPlan, costs: list[Cost], rest: float) -> str:
     )
 
 
-def _prompt(costs: list[Cost], last: "Output", roof: Ceilings) -> str:
+def _prompt(cfg: ModelConfig, costs: list[Cost], last: "Output", roof: Ceilings) -> str:
     """What the first token waited for; the shortest prompt costs what a token does."""
     fresh = last.usage.prompt_tokens - last.usage.cached_tokens
-    work = fresh * sum(cost.flops for cost in costs if cost.name in ("qkv", "out", "gate_up", "down"))
+    work = sum(cost.flops for cost in step_costs(cfg, 0, fresh, context=0, wanted=1))
     least = max(work / roof.matmul, floor(costs, roof))
     return (
         f"first token: {_time(last.timings.first_token)}; the {fresh} prompt tokens that were not cached take "

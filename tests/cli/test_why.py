@@ -43,6 +43,16 @@ def test_it_names_the_limit_and_the_share():
     assert "MLP, gate and up" in text and "Python between the operations" in text
 
 
+def test_a_long_prompt_waits_for_its_matmuls():
+    """Of 20 tokens that were not cached 19 need no more of the last layer than keys and values."""
+    q, kv = CFG.heads * CFG.head_dim, CFG.kv_heads * CFG.head_dim
+    rest = CFG.hidden * (2 * q + 3 * CFG.ffn)
+    flops = 20 * CFG.num_layers * 2 * CFG.hidden * kv + (20 * (CFG.num_layers - 1) + 1) * rest + CFG.hidden * CFG.vocab
+    text = explanation(CFG, PLAN, answer(1000.0), Ceilings(copy=1e15, matmul=2e9))
+    found = re.search(r"not cached take ([\d.]+) ms at least", text)
+    assert float(found[1]) == pytest.approx(2 * flops / 2e9 * 1e3, rel=0.01)
+
+
 def with_drafts(last: Output, drafted: int) -> Output:
     return dataclasses.replace(last, usage=dataclasses.replace(last.usage, drafted_tokens=drafted))
 

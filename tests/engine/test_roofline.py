@@ -58,6 +58,24 @@ def test_a_window_ends_what_attention_reads():
     assert next(c for c in step_costs(free, 2, 1, 30000) if c.name == "attention").bytes > near.bytes
 
 
+@pytest.mark.parametrize("shape", ["llama-3.2-1b", "qwen2.5-7b", "qwen3-0.6b"])
+def test_of_a_token_without_logits_the_last_layer_makes_keys_and_values(shape):
+    """So pieces of a prompt that goes on need no weights of the last layer but those, and no head."""
+    cfg = config(shape)
+    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    every, one, none = (step_costs(cfg, 2, 50, 30, wanted) for wanted in (50, 1, 0))
+    assert every == step_costs(cfg, 2, 50, 30)
+    less = {"qkv": q * cfg.hidden, "out": q * cfg.hidden, "gate_up": 2 * cfg.ffn * cfg.hidden}
+    less |= {"down": cfg.ffn * cfg.hidden, "head": cfg.vocab * cfg.hidden, "attention": 2 * q * 30}
+    for a, b, c in zip(every, one, none, strict=True):
+        assert a.flops - b.flops == 49 * 2 * less.get(a.name, 0) and b.flops - c.flops == 2 * less.get(a.name, 0)
+        assert a.bytes == b.bytes or a.name == "attention"
+    whole, rest = (sum(cost.bytes for cost in step_costs(cfg, 2, 1, 0, wanted)) for wanted in (1, 0))
+    numbers = cfg.hidden * (2 * q + 3 * cfg.ffn + 1) + q * cfg.qkv_bias + cfg.head_dim * cfg.qk_norm
+    assert whole - rest == 2 * (numbers + cfg.hidden * cfg.vocab + cfg.hidden)
+    assert none[2].bytes > 2 * cfg.num_layers * 2 * kv * cfg.hidden, "keys and values are made in every layer"
+
+
 def test_a_class_meets_the_nearer_ceiling():
     assert Cost("head", 1, bytes=4_000_000, flops=800).floor(ROOF) == 1e-6
     assert Cost("head", 1, bytes=4, flops=800_000_000).floor(ROOF) == 1e-6

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from lite_llm import LLM
+from lite_llm.config import HFConfig
 from lite_llm.engine.runner import Runner
+from lite_llm.models import registry, shapes
 from lite_llm.ops import reference
 from tools import bench_prompts, prompt_attention
+from tools.benchmark.limits import prompt_flops
 from tools.prompt_attention import Work
 
 WORK = Work("small", [5, 3], [2, 0], (4, 2), 16, scattered=True)
@@ -49,18 +51,10 @@ def test_first_tokens_are_timed_behind_a_gate(monkeypatch):
     assert all(row["ms"] > 0 and len(row["ms_rounds"]) == 2 for row in found["rows"])
     hit = found["cached"]
     assert (hit["tokens"], hit["cached_tokens"]) == (40, 39) and hit["step_ms"] > 0 and hit["ms"] > 0
+    cfg = registry.parse(HFConfig(shapes.shape_config("tiny-llama-3.2-1b")))
+    assert [row["floor_ms"] for row in found["rows"]] == [prompt_flops(cfg, n) / 1e12 * 1e3 for n in (8, 40)]
     [table] = bench_prompts.tables({"attention": [], "first": [found], "shapes": [], "beside": []})
     assert "of 40 tokens 39 cached" in table.caption
-
-
-def test_the_floor_counts_matmuls_attention_and_one_row_of_logits():
-    with LLM(shape="tiny-llama-3.2-1b", random_weights=True, max_requests=1, context=64, say=lambda text: None) as llm:
-        cfg, n = llm.cfg, 7
-        q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-        layer = cfg.hidden * (q + 2 * kv) + q * cfg.hidden + 3 * cfg.hidden * cfg.ffn
-        attention = sum(4 * q * seen for seen in range(1, n + 1))
-        want = cfg.num_layers * (2 * n * layer + attention) + 2 * cfg.hidden * cfg.vocab
-        assert bench_prompts.flops(llm, n) == want
 
 
 def test_the_rise_of_a_tokens_cost_is_that_over_the_next_smaller_step_beside_as_many_decodes():

@@ -32,15 +32,32 @@ def test_a_prompt_in_pieces_sees_as_many_tokens_as_whole_but_reads_more(cfg):
     apart = sum(limit(cfg, 2, [piece], endless) for piece in pieces)
     assert apart == pytest.approx(limit(cfg, 2, [Advance(0, 100, True)], endless))
     endless = Ceilings(copy=1.0, matmul=1e30)
-    assert sum(limit(cfg, 2, [piece], endless) for piece in pieces) > 2 * limit(
-        cfg, 2, [Advance(0, 100, True)], endless
-    )
+    apart, whole = (sum(limit(cfg, 2, [a], endless) for a in step) for step in (pieces, [Advance(0, 100, True)]))
+    weights = sum(cost.bytes for cost in step_costs(cfg, 2, requests=0, context=0, wanted=0))
+    again = (cfg.num_layers - 1) * (30 + 80) * 2 * cfg.kv_heads * cfg.head_dim * 2
+    assert apart - whole == pytest.approx(2 * weights + again) and weights + again > 1e5
 
 
 def test_nobody_needs_logits_in_the_middle_of_a_prompt(cfg):
     slow = Ceilings(copy=1.0, matmul=1e30)
     more = limit(cfg, 2, [Advance(0, 5, True)], slow) - limit(cfg, 2, [Advance(0, 5, False)], slow)
-    assert more == pytest.approx(2 * (cfg.hidden * cfg.vocab + cfg.hidden))
+    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    head, block = cfg.hidden * cfg.vocab + cfg.hidden, cfg.hidden * (2 * q + 3 * cfg.ffn + 1)
+    assert more == pytest.approx(2 * (head + block + 5 * 2 * kv)), "nor the last layer, beyond its keys and values"
+
+
+def test_in_the_last_layer_a_prompt_counts_for_its_last_token_alone(cfg):
+    """By hand: a decode, a prompt's last piece of 7 tokens behind 5, and 20 tokens of one that goes on."""
+    busy, step = Ceilings(1e30, matmul=1.0), [Advance(9, 1, True), Advance(5, 7, True), Advance(0, 20, False)]
+    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    rest = cfg.hidden * (2 * q + 3 * cfg.ffn)  # queries, output, MLP
+    seen = [10, *range(6, 13), *range(1, 21)]
+    before = 28 * (2 * cfg.hidden * kv + rest) + 2 * q * sum(seen)
+    last = 28 * 2 * cfg.hidden * kv + 2 * rest + 2 * q * (10 + 12)
+    flops = 2 * ((cfg.num_layers - 1) * before + last + 2 * cfg.hidden * cfg.vocab)
+    assert cfg.num_layers > 1 and limit(cfg, 2, step, busy) == pytest.approx(flops)
+    near = dataclasses.replace(cfg, windows=(*cfg.windows[:-1], 8))
+    assert flops - limit(near, 2, step, busy) == pytest.approx(4 * q * (2 + 4))
 
 
 def test_a_window_hides_what_is_farther(cfg):
@@ -51,7 +68,7 @@ def test_a_window_hides_what_is_farther(cfg):
         assert bench_serving._pairs(a, None) == sum(a.old + i for i in range(1, a.new + 1))
     slow, step = Ceilings(copy=1.0, matmul=1e30), [Advance(500, 1, True)]
     narrow = dataclasses.replace(cfg, windows=(window,) * cfg.num_layers)
-    fewer = (500 - window) * 2 * cfg.kv_heads * cfg.head_dim * 2 * cfg.num_layers
+    fewer = (501 - window) * 2 * cfg.kv_heads * cfg.head_dim * 2 * cfg.num_layers
     assert limit(cfg, 2, step, slow) - limit(narrow, 2, step, slow) == pytest.approx(fewer)
 
 

@@ -345,7 +345,8 @@ def test_limits_by_hand():
     cfg = Facts.find(None, None, 0, "float32", "cpu").cfg
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     layer = cfg.hidden * (q + 2 * kv) + q * cfg.hidden + 3 * cfg.hidden * cfg.ffn
-    flops = 2 * cfg.num_layers * layer * 3 + cfg.num_layers * 4 * q * 6 + 2 * cfg.hidden * cfg.vocab
+    flops = 2 * (cfg.num_layers - 1) * layer * 3 + (cfg.num_layers - 1) * 4 * q * 6 + 2 * cfg.hidden * cfg.vocab
+    flops += 2 * (layer + 2 * 2 * cfg.hidden * kv) + 4 * q * 3  # the last layer: one token, and two more's K and V
     assert prompt_limit(cfg, 3, ROOF).seconds == pytest.approx(flops / ROOF.matmul)
     step = step_limit(cfg, 4, 2, 10, ROOF)
     assert step.seconds == floor(step_costs(cfg, 4, 2, 10), ROOF) and step.name == "memory"
@@ -386,8 +387,8 @@ def test_a_window_limits_what_a_prompt_costs():
     whole, short = (work_limit(c, 4, work, 1, ROOF).seconds for c in (cfg, seen))
     assert whole - short == pytest.approx(tokens)
     whole, short = (prompt_limit(c, 5, ROOF).seconds for c in (cfg, seen))
-    pairs = cfg.num_layers * 4 * cfg.heads * cfg.head_dim * (15 - 9)  # 1 + 2 + 2 + 2 + 2 of 1 + 2 + 3 + 4 + 5
-    assert whole - short == pytest.approx(pairs / ROOF.matmul)
+    pairs = (cfg.num_layers - 1) * (15 - 9) + 5 - 2  # 1 + 2 + 2 + 2 + 2 of 1 + 2 + 3 + 4 + 5, and for the last token
+    assert whole - short == pytest.approx(4 * cfg.heads * cfg.head_dim * pairs / ROOF.matmul)
 
 
 def test_what_works_take():

@@ -30,8 +30,16 @@ def step_limit(cfg: ModelConfig, itemsize: int, requests: int, context: int, roo
 
 
 def prompt_limit(cfg: ModelConfig, tokens: int, roof: Ceilings) -> Limit:
-    """A prompt of so many tokens, up to its first new token; the head is needed for the last one only."""
-    return Limit(_prompt_flops(cfg, tokens) / roof.matmul, "matmul")
+    """A prompt of so many tokens, up to its first new token."""
+    return Limit(prompt_flops(cfg, tokens) / roof.matmul, "matmul")
+
+
+def prompt_flops(cfg: ModelConfig, tokens: int) -> int:
+    """Of its matmuls and its attention. Of all tokens but the last one the last layer makes keys and values alone."""
+    *before, last = cfg.windows
+    seen = sum(_pairs(tokens, window) for window in before) + min(tokens, last or tokens)
+    matmuls = sum(cost.flops for cost in step_costs(cfg, 0, tokens, 0, wanted=1))
+    return matmuls + 4 * cfg.heads * cfg.head_dim * seen
 
 
 def alone_limits(cfg: ModelConfig, itemsize: int, prompt: int, new: int, roof: Ceilings) -> tuple[Limit, Limit, Limit]:
@@ -48,7 +56,7 @@ def alone_limits(cfg: ModelConfig, itemsize: int, prompt: int, new: int, roof: C
 
 def work_limit(cfg: ModelConfig, itemsize: int, work: Work, most: int, roof: Ceilings) -> Limit:
     """All prompts and all answers, at most `most` requests at a time."""
-    prompts = sum(_prompt_flops(cfg, len(ask.ids)) for ask in work.asks) / roof.matmul
+    prompts = sum(prompt_flops(cfg, len(ask.ids)) for ask in work.asks) / roof.matmul
     tokens = sum(ask.new - 1 for ask in work.asks)  # a prompt gives the first one
     decode = 0.0
     if tokens:
@@ -67,13 +75,6 @@ def _seen(prompt: int, new: int, window: int | None) -> int:
         return (first + last) * (last - first + 1) // 2
     full = max(min(window, last) - first + 1, 0)
     return (first + first + full - 1) * full // 2 + (last - first + 1 - full) * window
-
-
-def _prompt_flops(cfg: ModelConfig, tokens: int) -> float:
-    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    layer = cfg.hidden * (q + 2 * kv) + q * cfg.hidden + 3 * cfg.hidden * cfg.ffn
-    seen = [_pairs(tokens, window) for window in cfg.windows]
-    return 2.0 * cfg.num_layers * layer * tokens + sum(4.0 * q * pairs for pairs in seen) + 2.0 * cfg.hidden * cfg.vocab
 
 
 def _pairs(tokens: int, window: int | None) -> int:
