@@ -115,7 +115,8 @@ class Block(nn.Module):
         """
         q = self.attn.project_(kv, x, self.attn_norm, batch, rope)
         if last and batch.logits_at is not None:
-            x, q, batch = x[batch.logits_at], q[batch.logits_at], batch.last()
+            x, q = (t.index_select(0, batch.logits_at) for t in (x, q))  # x[...] would turn int32 into int64 first
+            batch = batch.last()
         self.attn.add_(x, q, batch, kv, ahead=self.mlp.gate_up)
         return self.mlp.add_(x, self.mlp_norm, ahead)
 
