@@ -188,7 +188,7 @@ def _find(
     if number < total * KV_HEADS:
         heads, keys_together = KV_HEADS, gl.sum(length, 0)
         for _ in gl.static_range(5):
-            if (heads % 2 == 0) & (keys_together * heads > _IN_L2 // HEAD_DIM):
+            if (heads % 2 == 0) & (keys_together > _IN_L2 // HEAD_DIM // heads):
                 heads //= 2
         first_head = number // (total * heads) * heads
         unit = (number - first_head * total) // heads
