@@ -1,7 +1,8 @@
 """The commands. Importing this costs nothing: each command imports what it needs when it runs."""
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 _USAGE = """\
 usage: lite-llm COMMAND ...
@@ -16,6 +17,20 @@ lite-llm COMMAND --help tells more; lite-llm --version.
 """
 
 
+def _quiet(command: Callable[..., int]) -> Callable[..., int]:
+    """Without a traceback if Ctrl-C comes before the command is imported: from then on it answers for itself."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs) -> int:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            return 130
+
+    return run
+
+
+@_quiet
 def main(argv: Sequence[str] | None = None, prog: str = "lite-llm") -> int:
     """The command `lite-llm`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -43,6 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "lite-llm") -> int:
     return 2
 
 
+@_quiet
 def chat_main(argv: Sequence[str] | None = None, prog: str = "cli.py") -> int:
     """`lite-llm chat`, and cli.py."""
     from lite_llm.cli import args
@@ -53,6 +69,7 @@ def chat_main(argv: Sequence[str] | None = None, prog: str = "cli.py") -> int:
     return app.chat(options)
 
 
+@_quiet
 def llava_main(argv: Sequence[str] | None = None, prog: str = "cli_llava.py") -> int:
     """cli_llava.py: the same chat, with another demo."""
     from lite_llm.cli import args

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from lite_llm.cli import oneshot, pictures, report, transcript, warmup
 from lite_llm.cli.client import Client
+from lite_llm.cli.interrupt import whole
 from lite_llm.cli.remote import Remote
 from lite_llm.cli.screen import LoadingBar, Screen
 from lite_llm.cli.serve import KEY
@@ -191,20 +192,17 @@ def _open(
     """`find` imports what opens the model, and returns it."""
     _prepare(options, screen)
     bar, model = bar or LoadingBar(screen), options.model or demo.folder
-    before, pressed, importing = signal.getsignal(signal.SIGINT), [], True
+    before, pressed = signal.getsignal(signal.SIGINT), []
 
     def interrupt(*arguments) -> None:
         pressed.append(True)
-        if not importing or len(pressed) > 1:  # torch's C++ aborts the process if its import is interrupted
-            before(*arguments)
+        before(*arguments)
 
     signal.signal(signal.SIGINT, interrupt)
     try:
         bar.status("starting ...")
-        opened = find(model)
-        importing = False
-        if pressed:
-            raise KeyboardInterrupt
+        with whole():
+            opened = find(model)
 
         def say(text: str) -> None:
             bar.clear()

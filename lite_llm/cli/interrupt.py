@@ -1,7 +1,9 @@
-"""Ctrl-C while an answer is computed: noted, not raised, so that no engine step is ever cut in the middle."""
+"""Ctrl-C while an answer is computed, or torch is imported: noted, so that nothing is cut in the middle."""
 
+import contextlib
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 try:
@@ -29,6 +31,27 @@ class Interrupt:
 
     def _note(self, *_) -> None:
         self.pressed = True
+
+
+@contextlib.contextmanager
+def whole() -> Iterator[None]:
+    """In this `with` block Ctrl-C waits for its end, and the second one does not: torch's C++ aborts the process if its
+    import is interrupted.
+    """
+    before, pressed = signal.getsignal(signal.SIGINT), []
+
+    def note(*arguments: Any) -> None:
+        pressed.append(arguments)
+        if len(pressed) > 1:
+            before(*arguments)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        before(*pressed[0])
 
 
 def silence_keys() -> list[Any] | None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from lite_llm.cli import args
+from lite_llm.cli.interrupt import whole
 from lite_llm.cli.screen import LoadingBar, Screen
 from lite_llm.config import EngineConfig
 from lite_llm.errors import EnvironmentProblem, UsageError
@@ -100,7 +101,8 @@ def run(options: argparse.Namespace, screen: Screen, load: Callable[..., Abstrac
             host, port = listener.getsockname()[:2]
             screen.note(f"port {port} of {host} answers 503 until the model is loaded")
             llm = stack.enter_context(load(fetcher=fetcher, decode=decoders.decode, bar=_Announced(screen, loading)))
-            from lite_llm.server.run import serve  # torch, which is here by now
+            with whole():
+                from lite_llm.server.run import serve  # torch
 
         return serve(llm, listener, wishes, screen.note)
 
