@@ -12,8 +12,8 @@ from lite_llm.ops.triton.kv import check_pools
 from lite_llm.ops.triton.launch import pdl, release, wait
 from lite_llm.ops.triton.layout import FLOATS, INTS, check, row_stride, token_stride
 
-_NUMBERS = 512
-"""Of each half in a program, or nearly: with half as many, 2,048 tokens of 32 heads over 8 took a third longer on an
+_NUMBERS = 1024
+"""Of a program: heads times features. With half as many, 2,048 tokens of 32 heads over 8 took a third longer on an
 H200 at head dimension 128, and with a quarter 2.8 times as long at 64; with twice as many nothing was gained.
 """
 _FEW = 512
@@ -28,7 +28,7 @@ def rope_(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tokens, heads, head_dim = x.shape
     half = _check_tables(positions, cos, sin, x, tokens, head_dim)
     if x.numel():
-        together = _heads(half)
+        together = _heads(head_dim)
         grid = (tokens, triton.cdiv(heads, together))
         dependent = tokens <= _FEW and pdl(x.device)
         _rope_kernel[grid](
@@ -71,7 +71,7 @@ def rope_store_kv_(
 
     q = qkv.new_empty(tokens, heads, head_dim)
     if tokens:
-        together = _heads(half)
+        together = _heads(head_dim)
         grid = (tokens, triton.cdiv(heads + 2 * kv_heads, together))
         dependent = tokens <= _FEW and pdl(qkv.device)
         _rope_store_kv_kernel[grid](
@@ -93,9 +93,9 @@ def _check_tables(positions: Tensor, cos: Tensor, sin: Tensor, x: Tensor, tokens
     return half
 
 
-def _heads(half: int) -> int:
+def _heads(head_dim: int) -> int:
     """Heads of a program."""
-    return min(max(_NUMBERS // triton.next_power_of_2(half), 1), 32)
+    return min(max(_NUMBERS // triton.next_power_of_2(head_dim), 1), 32)
 
 
 def _blocks(head_dim: int, half: int) -> tuple[int, int]:
@@ -214,7 +214,7 @@ def aot_cases(capability: int) -> list[AotCase]:
             name=f"rope {dtype} 128",
             kernel=_rope_kernel,
             signature={"x": f"*{dtype}", "heads": "i32", "stride": "i32"} | tables,
-            constexprs={"HEAD_DIM": 128, "HALF": 64, "HALF_BLOCK": 64, "HEADS": _heads(64), "PDL": capability >= 90},
+            constexprs={"HEAD_DIM": 128, "HALF": 64, "HALF_BLOCK": 64, "HEADS": _heads(128), "PDL": capability >= 90},
             attrs={"stride": 16},
         )
 
@@ -230,7 +230,7 @@ def aot_cases(capability: int) -> list[AotCase]:
             | {"slots": "*i32", "eps": "fp32"}
             | tables,
             constexprs={"HEAD_DIM": head_dim, "HALF": half, "HALF_BLOCK": half_block, "REST_BLOCK": rest_block}
-            | {"HEADS": _heads(half), "PDL": few and capability >= 90}
+            | {"HEADS": _heads(head_dim), "PDL": few and capability >= 90}
             | dict.fromkeys(() if norm else norms),
             attrs=dict.fromkeys(strides, 16),
         )
