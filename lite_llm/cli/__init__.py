@@ -4,6 +4,9 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
+INTERRUPTED = 130
+"""Exit code where Ctrl-C ended it."""
+
 _USAGE = """\
 usage: lite-llm COMMAND ...
 
@@ -25,7 +28,7 @@ def _quiet(command: Callable[..., int]) -> Callable[..., int]:
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            return 130
+            return INTERRUPTED
 
     return run
 

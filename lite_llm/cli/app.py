@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lite_llm.cli import oneshot, pictures, report, transcript, warmup
+from lite_llm.cli import INTERRUPTED, oneshot, pictures, report, transcript, warmup
 from lite_llm.cli.client import Client
 from lite_llm.cli.interrupt import whole
 from lite_llm.cli.remote import Remote
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lite_llm.text.fetch import Fetcher
     from lite_llm.text.images import Picture
 
-INTERRUPTED, CLOSED_PIPE = 130, 141
+CLOSED_PIPE = 141
 _MODEL = ("torch", "transformers", "safetensors", "numpy")
 """Packages without which no model runs in this process."""
 _HINTS = "/help lists the commands   Ctrl-C stops an answer   Ctrl-D leaves"
