@@ -62,7 +62,7 @@ def plan_memory(
     cfg: ModelConfig, config: EngineConfig, device: torch.device, dtype: torch.dtype, weights: int
 ) -> MemoryPlan:
     """Divide the device's free memory. DoesNotFit, with the numbers, if the wishes in `config` cannot be met."""
-    owners = _MOST_OWNERS // cfg.kv_heads  # with max_requests that decode, up to as many prompts
+    owners = _MOST_OWNERS // cfg.kv_heads  # the last block decodes max_requests and min(PROMPTS, max_requests) prompts
     if config.max_requests > (most := max(owners - PROMPTS, owners // 2)):
         raise UsageError(
             f"max_requests = {config.max_requests}; with the {cfg.kv_heads} KV heads of this model at most "

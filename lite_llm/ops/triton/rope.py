@@ -14,7 +14,7 @@ from lite_llm.ops.triton.layout import FLOATS, INTS, check, row_stride, token_st
 
 _NUMBERS = 1024
 """Of a program: heads times features. With half as many, 2,048 tokens of 32 heads over 8 took a third longer on an
-H200 at head dimension 128, and with a quarter 2.8 times as long at 64; with twice as many nothing was gained.
+H200 at head dimension 128, and with a quarter 2.7 times as long at 64; with twice as many nothing was gained.
 """
 _FEW = 512
 """Tokens up to which a launch ahead of its turn pays, by an estimate: of more, that each small program waits costs more
