@@ -121,7 +121,8 @@ def plan(options: argparse.Namespace) -> int:
 
     def work() -> int:
         _prepare(options, screen)
-        from lite_llm.llm import plan as plan_of  # torch
+        with whole():
+            from lite_llm.llm import plan as plan_of  # torch
 
         found = plan_of(options.model, **options.engine)
         if options.json:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 
 from lite_llm.cli import oneshot
+from lite_llm.cli.interrupt import whole
 from lite_llm.cli.screen import LoadingBar, Screen
 from lite_llm.config import EngineConfig
 
@@ -11,7 +12,8 @@ from lite_llm.config import EngineConfig
 def run(options: argparse.Namespace, screen: Screen) -> int:
     bar = LoadingBar(screen)
     bar.status("starting ...")
-    from lite_llm.llm import warm  # torch
+    with whole():
+        from lite_llm.llm import warm  # torch
 
     # Kernels depend on how many requests may run together: as many as in the chat, and as many as LLM() takes.
     usual = [options.engine["max_requests"], EngineConfig().max_requests]

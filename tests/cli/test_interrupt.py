@@ -57,7 +57,7 @@ def test_before_a_command_is_imported_there_is_no_traceback(monkeypatch, command
     assert command(arguments) == 130
 
 
-@pytest.mark.parametrize("arguments", [["chat", "-p", "Hi"], ["serve", "--port", "0"]])
+@pytest.mark.parametrize("arguments", [["chat", "-p", "Hi"], ["plan"], ["warmup"], ["serve", "--port", "0"]])
 def test_torch_is_never_imported_by_halves(arguments):
     command = [sys.executable, "-c", WHILE_TORCH_IS_IMPORTED, *arguments, "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
