@@ -15,8 +15,8 @@ class Batch:
 
     One token when decoding, a chunk of the prompt: there is no phase. The first `decodes` requests advance by exactly
     one token, so that attention may use its kernel for that. Among them several may share a row: a request's last token
-    and the drafts behind it, each of which sees those before it. Pads are requests of kv_len 0, and tokens that belong
-    to no request.
+    and the drafts behind it, each of which sees those before it. They may stand in any order; longest first is fastest.
+    Pads are requests of kv_len 0, and tokens that belong to no request.
     """
 
     tokens: Tensor  # [T]    int32 token ids

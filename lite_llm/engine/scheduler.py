@@ -125,6 +125,7 @@ class Scheduler:
             n = self._grow(request, spare)
             (decodes if request.decoding else prompts).append((request, n))
             spare -= n
+        decodes.sort(key=lambda entry: -entry[0].cached)  # flash-decoding deals them out in this order
         if self.drafts and not prompts and len(decodes) <= FEW:
             decodes = self._drafted(decodes)
         if any(len(request.slots) > request.written for request in self.running):

@@ -218,6 +218,16 @@ def test_no_decode_waits_for_a_long_prompt():
     assert steps == -(-80 // 6)
 
 
+def test_of_those_that_decode_the_longest_come_first():
+    sim = Simulation(slots=200, rows=5, step_tokens=40)
+    short, long, middle = sim.add([0], 9), sim.add([1, 0] * 9, 9), sim.add([1] * 5, 9)
+    sim.step()
+    late = sim.add([0, 0] * 4, 9)
+    assert [request for request, _ in sim.step()] == [long, middle, short, late]
+    assert [request for request, _ in sim.step()] == [long, late, middle, short]
+    assert sim.scheduler.running == [short, long, middle, late]
+
+
 def test_tokens_that_a_later_step_has_better_room_for_wait_in_their_slots():
     sim = Simulation(slots=100, rows=4, step_tokens=20, full=8)
     first, second, third = sim.add([0] * 5, 4), sim.add([1] * 4, 4), sim.add([0, 1] * 3, 4)

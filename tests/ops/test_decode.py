@@ -63,6 +63,23 @@ def test_a_request_of_one_share_is_not_merged(monkeypatch):
     assert not kept[0][0].isnan().all() and kept[1][0].isnan().all()
 
 
+@pytest.mark.parametrize("lengths", [[900, 610, 600, 330, 129, 70, 1, 0], [1, 900, 0, 330], [70] * 5, [300]])
+@pytest.mark.parametrize("window", [None, 300])
+def test_requests_dealt_out_whole_or_split_give_the_same_bits(monkeypatch, lengths, window):
+    """As many programs as requests, and half as many, so that each has one or two; also where some have none."""
+    kept, make = [], decoding.workspace
+    monkeypatch.setattr(decoding, "workspace", lambda *args: kept.append(make(*args)) or kept[-1])
+    c = case(lengths, heads=2, kv_heads=1, head_dim=16, window=window)
+    want, each = check(c), tuning.choose_decode(c.q.device, 16, c.q.element_size(), len(lengths)).programs
+    for programs in (len(lengths), -(-len(lengths) // 2)):
+        for splitting in (-(1 << 20), 1 << 20):
+            monkeypatch.setattr(decoding, "SPLITTING", splitting)
+            monkeypatch.setattr(decoding, "processors", lambda device, n=programs: -(-n // each))
+            kept.clear()
+            assert torch.equal(c.run(), want)
+            assert splitting < 0 or kept[0][0].isnan().all(), "something was split"
+
+
 @pytest.mark.parametrize("programs", [2, 40])
 def test_more_requests_than_one_look_at_their_lengths(monkeypatch, programs):
     """Also that requests without keys may stand anywhere, a run of nothing else included."""

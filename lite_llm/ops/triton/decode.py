@@ -1,7 +1,9 @@
 """Flash-decoding: one new token per request over single-token slots, split over the keys (arXiv 2311.01282).
 
-The tiles of all requests, end to end, are dealt out in equal runs to as many programs as the GPU holds at a time. The
-lengths are on the device, so each program works out its run for itself, and one grid serves every batch of that size.
+The tiles of all requests, end to end, are dealt out in equal runs to as many programs as the GPU holds at a time; or,
+where that makes no program's part much longer, requests are dealt out whole, to each program one or two, and nothing is
+shared. The lengths are on the device, so each program works out its part for itself, and one grid serves every batch of
+that size.
 
 A request's keys are cut into segments whose size depends on its own length alone. No segment is shared by two programs,
 and results are added up in segment order, in whatever program that happens: so a request's answer is the same to the
@@ -27,6 +29,10 @@ SEGMENT = 64
 """Keys in the smallest segment, or one tile if that has more."""
 
 
+SPLITTING = 256
+"""Keys that a program reads, about, in the time that it takes to add up what programs share: 2 to 8 us on an H200."""
+
+
 def max_segments(kv_heads: int) -> int:
     """Segments of the longest request: a fact of the model, so that it never depends on the batch or the GPU."""
     return min(max(triton.next_power_of_2(256 // kv_heads), 16), 64)
@@ -39,6 +45,8 @@ def decode(
     """Write rows [0, decodes) of `out`; request b owns row b. Layouts are as `attend` has checked them.
 
     `shape` is for tuning; without it the tile is that of the table.
+
+    Requests should come longest first: the first and the last of them go together, where each program takes two.
 
     With PDL the kernel reads `table`, `rows` and `kv_len` while the one launched before it may still run: that one must
     not write them. Kernels before that one may, if it releases only behind its own wait, as `project_qkv_` does.
@@ -58,8 +66,8 @@ def decode(
         q, k_pool, v_pool, out, table, rows, kv_len, partial, stats, tickets(decodes * kv_heads, q.device),
         table.stride(0), decodes, segments, scale, window or 0, shape.least,
         KV_HEADS=kv_heads, **sizes(heads // kv_heads, head_dim), SEGMENT=SEGMENT, MAX_SEGMENTS=limit,
-        WINDOWED=window is not None, BLOCK_N=shape.block_n, RELEASE=shape.release, ASKED=shape.asked, PDL=dependent,
-        num_warps=shape.num_warps, num_stages=shape.num_stages, launch_pdl=dependent,
+        WINDOWED=window is not None, BLOCK_N=shape.block_n, SPLITTING=SPLITTING, RELEASE=shape.release,
+        ASKED=shape.asked, PDL=dependent, num_warps=shape.num_warps, num_stages=shape.num_stages, launch_pdl=dependent,
     )  # fmt: skip
 
 
@@ -97,7 +105,8 @@ def _case(
     kinds |= dict.fromkeys(("table", "rows", "kv_len", "tickets"), "*i32") | {"partial": "*fp32", "stats": "*fp32"}
     kinds |= dict.fromkeys(("table_stride", "decodes", "segments", "window", "least"), "i32")
     constants = {"KV_HEADS": 8, "SEGMENT": SEGMENT, "MAX_SEGMENTS": max_segments(8), "WINDOWED": windowed}
-    constants |= {"BLOCK_N": shape.block_n, "RELEASE": shape.release, "ASKED": shape.asked, "PDL": capability >= 90}
+    constants |= {"BLOCK_N": shape.block_n, "SPLITTING": SPLITTING, "RELEASE": shape.release, "ASKED": shape.asked}
+    constants |= {"PDL": capability >= 90}
     constants |= sizes(group, head_dim)
     name = f"decode-{dtype}-d{head_dim}-g{group}" + "-window" * windowed
     name += f"-tile{tile.block_n}r{tile.release}a{tile.asked}" if tile else ""
@@ -116,9 +125,9 @@ def _decode_kernel(
     table_stride, decodes, segments, scale, window, least,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, WIDE_GROUP: tl.constexpr,
     SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
-    RELEASE: tl.constexpr, ASKED: tl.constexpr, PDL: tl.constexpr,
+    SPLITTING: tl.constexpr, RELEASE: tl.constexpr, ASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (h, p) takes the p-th run of tiles, for KV head h and its GROUP query heads.
+    """Program (h, p) takes the p-th run of tiles, or request p and its partner, for KV head h and its GROUP query heads.
 
     One loop goes through all tiles of the run, whichever request they are of, so that loads never pause between two
     requests. What a program has of a request that it begins is one sum; of another's, it keeps each segment.
@@ -126,7 +135,9 @@ def _decode_kernel(
     if RELEASE == 0:
         release(PDL)
     kv_head = tl.program_id(0)
-    share, request, base, left = _run(kv_len, decodes, least, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+    share, request, base, left, whole = _run(
+        kv_len, decodes, least, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N, SPLITTING
+    )
     if left == 0:
         wait(PDL)
         return
@@ -143,7 +154,8 @@ def _decode_kernel(
     # next request's stand. Loaded where they are used, they would stop the pipelining.
     key = tl.arange(0, BLOCK_N)
     slots = tl.load(mine + origin + tile * BLOCK_N + key, origin + tile * BLOCK_N + key < length, other=0)
-    length_1, mine_1 = _whose(kv_len, rows, table, table_stride, request + 1, decodes)
+    partner = _partner(tl.program_id(1))
+    length_1, mine_1 = _whose(kv_len, rows, table, table_stride, tl.where(whole, partner, request + 1), decodes)
     wait(PDL)
     if RELEASE == 1:
         release(PDL)
@@ -177,7 +189,8 @@ def _decode_kernel(
         next_first = tl.maximum(next_length - window, 0) // BLOCK_N * BLOCK_N if WINDOWED else 0
         next_n = next_first + next_tile * BLOCK_N
         slots = tl.load(next_mine + next_n + key, next_n + key < next_length, other=0)
-        length_1, mine_1 = _whose(kv_len, rows, table, table_stride, request + 1 + ends.to(tl.int32), decodes)
+        after = tl.where(whole, partner, request + 1 + ends.to(tl.int32))
+        length_1, mine_1 = _whose(kv_len, rows, table, table_stride, after, decodes)
 
         queries = tl.load(q + request.to(tl.int64) * (KV_HEADS * GROUP * HEAD_DIM) + within, real, other=0.0)
         k = tl.load(k_pool + at, mask, other=0.0)
@@ -201,7 +214,7 @@ def _decode_kernel(
                 all_peak, all_total, all_acc = nothing(WIDE)
             begun |= ends
 
-        request += ends.to(tl.int32)
+        request = tl.where(ends, tl.where(whole, partner, request + 1), request)
         base += tl.where(ends, most, 0)
         tile, length, mine = next_tile, next_length, next_mine
 
@@ -271,42 +284,72 @@ def _cut(
 
 
 @triton.jit
+def _tiles(
+    kv_len, request, decodes, window,
+    WINDOWED: tl.constexpr, SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tiles per segment, and tiles, of these requests; none where there is no such request."""
+    there = request < decodes
+    _, _, size, most = _cut(tl.load(kv_len + request, there, other=0), window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+    return size, tl.where(there, most, 0)
+
+
+@triton.jit
+def _partner(request):
+    """Whom the program of this request takes too, if requests are dealt out whole."""
+    return 2 * tl.num_programs(1) - 1 - request
+
+
+@triton.jit
 def _run(
     kv_len, decodes, least, window,
     WINDOWED: tl.constexpr, SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITTING: tl.constexpr,
 ):  # fmt: skip
-    """Tiles in a share (fair, or `least`), and of this program's run: its first request, where that one's tiles begin,
-    and how many the run has.
+    """Tiles in a share (fair, or `least`); of this program's run its first request, where that one's tiles begin, and
+    how many the run has; and whether requests are dealt out whole.
 
     Tiles count through all requests. A program takes the segments whose first tile lies in its share.
     """
     some = tl.arange(0, 256)
-    whole = 0
+    programs = tl.num_programs(1)
+    all_tiles = 0
     for start in range(0, decodes, 256):
-        length = tl.load(kv_len + start + some, start + some < decodes, other=0)
-        _, _, _, most = _cut(length, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
-        whole += tl.sum(tl.where(start + some < decodes, most, 0))
-    share = tl.maximum(tl.cdiv(whole, tl.num_programs(1)), least)
+        _, most = _tiles(kv_len, start + some, decodes, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+        all_tiles += tl.sum(most)
+    share = tl.maximum(tl.cdiv(all_tiles, programs), least)
     begin = tl.program_id(1) * share
     end = begin + share
 
-    begun = decodes
-    base = 0
-    count = 0
-    before = 0
-    for start in range(0, decodes, 256):
-        length = tl.load(kv_len + start + some, start + some < decodes, other=0)
-        _, _, size, most = _cut(length, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
-        most = tl.where(start + some < decodes, most, 0)
-        at = before + tl.cumsum(most) - most
-        low = tl.minimum(tl.cdiv(tl.maximum(begin - at, 0), size) * size, most)
-        high = tl.minimum(tl.cdiv(tl.maximum(end - at, 0), size) * size, most)
-        found = tl.min(tl.where(low < high, start + some, decodes))
-        base += tl.sum(tl.where((start + some == found) & (begun == decodes), at, 0))
-        begun = tl.minimum(begun, found)
-        count += tl.sum(high - low)
-        before += tl.sum(most)
-    return share, begun, base, count
+    whole = decodes <= 2 * programs
+    for start in range(0, tl.where(whole, tl.minimum(decodes, programs), 0), 256):
+        first = start + some
+        _, one = _tiles(kv_len, first, decodes, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+        _, two = _tiles(kv_len, _partner(first), decodes, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+        whole &= tl.max(tl.where(first < programs, one + two, 0)) <= share + SPLITTING // BLOCK_N
+
+    if whole:
+        begun = tl.program_id(1)
+        base = begin
+        _, one = _tiles(kv_len, begun, decodes, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+        _, two = _tiles(kv_len, _partner(begun), decodes, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+        count = one + two
+    else:
+        begun = decodes
+        base = 0
+        count = 0
+        before = 0
+        for start in range(0, decodes, 256):
+            size, most = _tiles(kv_len, start + some, decodes, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
+            at = before + tl.cumsum(most) - most
+            low = tl.minimum(tl.cdiv(tl.maximum(begin - at, 0), size) * size, most)
+            high = tl.minimum(tl.cdiv(tl.maximum(end - at, 0), size) * size, most)
+            found = tl.min(tl.where(low < high, start + some, decodes))
+            base += tl.sum(tl.where((start + some == found) & (begun == decodes), at, 0))
+            begun = tl.minimum(begun, found)
+            count += tl.sum(high - low)
+            before += tl.sum(most)
+    return share, begun, base, count, whole
 
 
 @triton.jit
