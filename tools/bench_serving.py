@@ -4,11 +4,12 @@
 
 "mixed": 256 requests, inputs of 64 to 512 tokens, outputs of 32 to 256, as vLLM's figures were taken. "chat": requests
 whose lengths are spread as those of conversations are (inputs of 215 tokens in the mean, outputs of 197), once with
-continuous batching, as `generate` orders them, and once in batches, in the order of the draw, that wait for their
-longest answer. The limit is the sum over the steps of a round that is not timed, each at the memory's or the matmuls'
-rate of this run, class by class. "idle" is the share of time in which no step runs while requests join and leave. 256
-requests at a time, random weights, no prefix cached; a shape counts only if its tokens are those of an engine without
-CUDA graphs, up to rounding. Exit code 1 where they are not.
+continuous batching, as `generate` orders them, and twice in static batches, in the order of the draw, that wait for
+their longest answer: "static" lets an answer that has ended leave the steps, "held" computes it until all of its batch
+have ended, as transformers' `generate` does. The limit is the sum over the steps of a round that is not timed, each at
+the memory's or the matmuls' rate of this run, class by class. "idle" is the share of time in which no step runs while
+requests join and leave. 256 requests at a time, random weights, no prefix cached; a shape counts only if its tokens are
+those of an engine without CUDA graphs, up to rounding. Exit code 1 where they are not.
 """
 
 import argparse
@@ -116,6 +117,10 @@ class Load(NamedTuple):
     def part(self, first: int, end: int) -> "Load":
         return Load(self.prompts[first:end], self.new[first:end])
 
+    def held(self) -> "Load":
+        """All say as much as the one that says most."""
+        return Load(self.prompts, [max(self.new)] * len(self.new))
+
     def seconds(self, llm: LLM) -> float:
         """Until the last answer, all sent at once. RuntimeError if one has another length than it was to have."""
         wishes = [peers.wish(False, new) for new in self.new]
@@ -137,7 +142,9 @@ def measured(shape: str, options: dict, requests: int, rounds: int, roof: Ceilin
     options["max_requests"] = TOGETHER
     with LLM(**options, context=peers.GATE_LENGTH, cuda_graphs=False) as llm:
         right = peers.gate_answers(llm, (8, False), logprobs=True)
-    with LLM(**options, context=max(mixed.context, chat.context, peers.GATE_LENGTH)) as llm:
+    batches = [chat.part(first, first + TOGETHER) for first in range(0, requests, TOGETHER)]
+    context = max(load.context for load in (mixed, *(batch.held() for batch in batches)))
+    with LLM(**options, context=max(context, peers.GATE_LENGTH)) as llm:
         found = {"shape": shape, "gate": peers.gate(peers.gate_answers(llm, (8, False)), right, sampled=False)}
         if found["gate"]["wrong"]:
             return found
@@ -157,9 +164,9 @@ def measured(shape: str, options: dict, requests: int, rounds: int, roof: Ceilin
 
         timed("mixed", mixed)
         seconds = timed("chat", chat)
-        batches = range(0, requests, TOGETHER)
-        static = sum(chat.part(first, first + TOGETHER).seconds(llm) for first in batches)
+        static, held = (sum(load.seconds(llm) for load in loads) for loads in (batches, [b.held() for b in batches]))
         found["chat"] |= {"static_seconds": static, "times_static": static / seconds}
+        found["chat"] |= {"held_seconds": held, "times_held": held / seconds}
         if llm.engine.stream:
             found["joins"] = joins(llm, chat)
         return found
@@ -200,8 +207,9 @@ def table(record: dict) -> Table:
         said = f"{gate['equal']} of {gate['answers']} equal"
         made.add_row(f"{shape}, mixed", f"{rate:,.0f}", f"{mixed['of_limit']:.2f}", against, "", said)
         share = f"{chat['of_limit']:.2f}" + (f" ({LIMIT_GOALS[shape]:.2f})" if shape in LIMIT_GOALS else "")
+        batches = f"{chat['times_static']:.2f} x static, {chat['times_held']:.2f} held (2)"
         made.add_row(
-            f"{shape}, chat", f"{chat['tokens_per_second']:,.0f}", share, f"{chat['times_static']:.2f} x static (2)",
+            f"{shape}, chat", f"{chat['tokens_per_second']:,.0f}", share, batches,
             f"{idle['idle']:.1%} (5 %), {idle['left']} left in {idle['steps']} steps" if idle else "", "",
         )  # fmt: skip
     return made

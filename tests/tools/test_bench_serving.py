@@ -72,6 +72,12 @@ def test_a_window_hides_what_is_farther(cfg):
     assert limit(cfg, 2, step, slow) - limit(narrow, 2, step, slow) == pytest.approx(fewer)
 
 
+def test_a_batch_that_is_held_computes_all_until_the_longest_has_ended():
+    load = bench_serving.Load([[1], [2, 3], [4]], [5, 2, 9])
+    assert load.part(0, 2).held() == ([[1], [2, 3]], [5, 5]) and load.part(2, 9).held().new == [9]
+    assert load.part(0, 2).held().context == 7
+
+
 def test_a_run_times_both_loads_and_records_them(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_serving, "MIXED", (5, Lengths.parse("4-9"), Lengths.parse("2-6")))
     monkeypatch.setattr(bench_serving, "CHAT", ("lognormal:8:0.5", "lognormal:6:0.9"))
@@ -85,7 +91,7 @@ def test_a_run_times_both_loads_and_records_them(tmp_path, capsys, monkeypatch):
         assert found["tokens_per_second"] == pytest.approx(found["new_tokens"] / found["seconds"])
         assert 0 < found["of_limit"] == pytest.approx(found["limit_seconds"] / found["seconds"])
         assert found["steps"] < found["new_tokens"]  # several advance together
-    assert row["chat"]["static_seconds"] > 0
+    assert row["chat"]["static_seconds"] > 0 and row["chat"]["held_seconds"] > 0
     assert "x static" in capsys.readouterr().out
 
 
