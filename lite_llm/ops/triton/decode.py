@@ -127,7 +127,7 @@ def _decode_kernel(
     SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITTING: tl.constexpr, RELEASE: tl.constexpr, ASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (h, p) takes the p-th run of tiles, or request p and its partner, for KV head h and its GROUP query heads.
+    """Program (h, p) takes run p of the tiles, or request p and its partner, for KV head h and its GROUP query heads.
 
     One loop goes through all tiles of the run, whichever request they are of, so that loads never pause between two
     requests. What a program has of a request that it begins is one sum; of another's, it keeps each segment.
