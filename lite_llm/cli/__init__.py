@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 INTERRUPTED = 130
-"""Exit code where Ctrl-C ended it."""
+"""Exit code of a command that Ctrl-C ended."""
 
 _USAGE = """\
 usage: lite-llm COMMAND ...

@@ -1,13 +1,10 @@
 """Requests in flight: a line for each, drawn while they run. A view takes one part in a hundred of the time at most."""
 
-import contextlib
 import dataclasses
 import heapq
 import itertools
 import math
-import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +17,7 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.style import Style
 
+from lite_llm.cli.interrupt import whole
 from lite_llm.outputs import InFlight, Output, Progress, SlotMap
 from lite_llm.text.escape import visible
 
@@ -84,12 +82,12 @@ class FlightView:
 
     def __enter__(self) -> "FlightView":
         if self._due < math.inf:
-            with _whole():
+            with whole():
                 self._live.start()
         return self
 
     def __exit__(self, *_) -> None:
-        with _whole():
+        with whole():
             self._live.stop()
 
     def update(self, llm: Watched) -> None:
@@ -109,24 +107,8 @@ class FlightView:
         size, blocks = self._console.size, self._console.encoding.startswith("utf")
         hint: list[Line] = [[(self._hint[: size.width], "dim")]] if self._hint and size.height >= _TALL else []
         lines = frame(now, size.width, size.height - 1 - len(hint), rate, blocks) + hint
-        with _whole():
+        with whole():  # half a frame could not be taken back
             self._live.update(_Frame(lines), refresh=True)
-
-
-@contextlib.contextmanager
-def _whole() -> Iterator[None]:
-    """Ctrl-C waits for the end of this block: half a frame could not be taken back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[tuple] = []
-    before = signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed and callable(before):
-        before(*pressed[0])
 
 
 class _Frame:

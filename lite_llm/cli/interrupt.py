@@ -1,8 +1,9 @@
-"""Ctrl-C while an answer is computed, or torch is imported: noted, so that nothing is cut in the middle."""
+"""Ctrl-C while something must not be cut in the middle, as an answer or the import of torch: noted."""
 
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,15 +36,22 @@ class Interrupt:
 
 @contextlib.contextmanager
 def whole() -> Iterator[None]:
-    """In this `with` block Ctrl-C waits for its end, and the second one does not: torch's C++ aborts the process if its
-    import is interrupted.
-    """
-    before, pressed = signal.getsignal(signal.SIGINT), []
+    """In this `with` block Ctrl-C waits for its end, and the second one does not; it is lost if the block fails.
 
-    def note(*arguments: Any) -> None:
-        pressed.append(arguments)
-        if len(pressed) > 1:
-            before(*arguments)
+    For what must not be cut in the middle: torch's C++ aborts the process if its import is, and half a frame on the
+    terminal could not be taken back. Only the main thread hears signals; in any other this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, pressed = signal.getsignal(signal.SIGINT), 0
+
+    def note(*_) -> None:
+        nonlocal pressed
+        pressed += 1
+        if pressed > 1:
+            signal.signal(signal.SIGINT, before)
+            signal.raise_signal(signal.SIGINT)
 
     signal.signal(signal.SIGINT, note)
     try:
@@ -51,7 +59,7 @@ def whole() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
     if pressed:
-        before(*pressed[0])
+        signal.raise_signal(signal.SIGINT)
 
 
 def silence_keys() -> list[Any] | None:

@@ -29,11 +29,11 @@ def parser(prog: str) -> args.Parser:
     args.add_model(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address; any but this machine's own needs a key")
-    group.add_argument("--port", type=_whole, metavar="N", default=8000, help="default: 8000; 0 takes a free one")
+    group.add_argument("--port", type=_count, metavar="N", default=8000, help="default: 8000; 0 takes a free one")
     group.add_argument("--api-key", metavar="KEY", help=f"what clients must send (also {KEY}, which ps does not show)")
     group.add_argument("--name", metavar="NAME", help="what clients call the model; default: as it was opened")
     group.add_argument(
-        "--max-requests", metavar="N", type=_whole, default=EngineConfig().max_requests,
+        "--max-requests", metavar="N", type=_count, default=EngineConfig().max_requests,
         help="answers that run together; default: %(default)s",
     )  # fmt: skip
     group.add_argument(
@@ -41,16 +41,16 @@ def parser(prog: str) -> args.Parser:
         help="a step that reads prompts takes at most X times one that does not; default: %(default)g",
     )  # fmt: skip
     group.add_argument(
-        "--replicas", metavar="N", type=_whole, default=1,
+        "--replicas", metavar="N", type=_count, default=1,
         help="copies of the model that share the requests, each on a GPU of its own; more than 1 needs Ray",
     )  # fmt: skip
-    group.add_argument("--max-queue", metavar="N", type=_whole, help="answers that may wait; default: 512")
-    group.add_argument("--max-body", metavar="BYTES", type=_whole, help="of a request; default: 8 MiB")
+    group.add_argument("--max-queue", metavar="N", type=_count, help="answers that may wait; default: 512")
+    group.add_argument("--max-body", metavar="BYTES", type=_count, help="of a request; default: 8 MiB")
     group.add_argument(
         "--timeout", metavar="S", type=_number, help="seconds that an answer may take at most; default: any time"
     )
     group.add_argument(
-        "--drain", metavar="S", type=_whole, help="seconds for running answers to finish after SIGTERM; default: 30"
+        "--drain", metavar="S", type=_count, help="seconds for running answers to finish after SIGTERM; default: 30"
     )
     group.add_argument(
         "--fetch-from", metavar="HOST", nargs="+", default=[],
@@ -102,14 +102,15 @@ def run(options: argparse.Namespace, screen: Screen, load: Callable[..., Abstrac
             screen.note(f"port {port} of {host} answers 503 until the model is loaded")
             llm = stack.enter_context(load(fetcher=fetcher, decode=decoders.decode, bar=_Announced(screen, loading)))
             with whole():
-                from lite_llm.server.run import serve  # torch
+                from lite_llm.server.run import serve
 
         return serve(llm, listener, wishes, screen.note)
 
 
 def _run_replicas(options: argparse.Namespace, wishes: "ServeOptions", screen: Screen) -> int:
     try:
-        from lite_llm.server.ray import serve_replicas
+        with whole():
+            from lite_llm.server.ray import serve_replicas
     except ImportError as error:
         if (error.name or "").startswith("lite_llm"):
             raise
@@ -145,7 +146,7 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number") from None
 
 
-def _whole(text: str) -> int:
+def _count(text: str) -> int:
     if not (text.isdigit() and text.isascii() and len(text) < 12):
         raise argparse.ArgumentTypeError(f"{text[:80]!r}; expected a whole number, 0 or more")
     return int(text)

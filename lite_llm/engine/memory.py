@@ -63,10 +63,10 @@ def plan_memory(
 ) -> MemoryPlan:
     """Divide the device's free memory. DoesNotFit, with the numbers, if the wishes in `config` cannot be met."""
     owners = _MOST_OWNERS // cfg.kv_heads  # the last block decodes max_requests and min(PROMPTS, max_requests) prompts
-    if config.max_requests > (most := max(owners - PROMPTS, owners // 2)):
+    if config.max_requests > (allowed := max(owners - PROMPTS, owners // 2)):
         raise UsageError(
             f"max_requests = {config.max_requests}; with the {cfg.kv_heads} KV heads of this model at most "
-            f"{most} can advance together",
+            f"{allowed} can advance together",
             "lower max_requests",
         )
     free, item = free_memory(device), dtype.itemsize

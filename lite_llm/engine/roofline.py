@@ -53,31 +53,31 @@ class Cost:
 def step_costs(cfg: ModelConfig, itemsize: int, requests: int, context: int, wanted: int | None = None) -> list[Cost]:
     """The classes of a step in which `requests` advance by one token that sees `context` tokens, in their order.
 
-    `wanted`: of how many of them logits are needed, if not of all, as of tokens of prompts. Of the others the last
-    layer has to make keys and values. It is the least that counts: queries of theirs, which we make too, do not.
+    `wanted`: of how many of these tokens logits are needed, if not of all; within a prompt they are of none. Of the
+    others the last layer must make keys and values alone. (It makes their queries too, which counts for nothing here.)
     """
     layers, hidden, q, kv = cfg.num_layers, cfg.hidden, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    most = layers - (wanted == 0)  # layers of which more is needed than keys and values
+    passed = layers - (wanted == 0)  # layers of which more is needed than keys and values
     wanted = requests if wanted is None else wanted
-    whole = (layers - 1) * requests + wanted  # tokens, once for each layer that they pass
-    *before, end = (min(context, window or context) for window in cfg.windows)
-    seen = requests * sum(before) + wanted * end
+    tokens = (layers - 1) * requests + wanted  # counted once for each layer that they pass as a whole
+    *before, last = (min(context, window or context) for window in cfg.windows)
+    seen = requests * sum(before) + wanted * last
 
     def matmul(name: str, runs: int, tokens: int, inputs: int, outputs: int, others: int = 0) -> Cost:
         return Cost(name, runs, runs * (inputs * outputs + others) * itemsize, 2 * inputs * outputs * tokens)
 
     qk_norm, bias = cfg.head_dim * cfg.qk_norm, cfg.qkv_bias
-    kept = matmul("k and v", layers, layers * requests, hidden, 2 * kv, hidden + qk_norm + 2 * kv * bias)
-    asked = matmul("q", most, whole, hidden, q, qk_norm + q * bias)
+    keys_values = matmul("k and v", layers, layers * requests, hidden, 2 * kv, hidden + qk_norm + 2 * kv * bias)
+    queries = matmul("q", passed, tokens, hidden, q, qk_norm + q * bias)
     return [
         Cost("state", 2, 0, 0),
         Cost("embed", 1, requests * hidden * itemsize, 0),
-        Cost("qkv", layers, kept.bytes + asked.bytes, kept.flops + asked.flops),
-        Cost("attention", most, 2 * kv * itemsize * seen, 4 * q * seen),
-        matmul("out", most, whole, q, hidden, hidden * cfg.out_bias),
-        matmul("gate_up", most, whole, hidden, 2 * cfg.ffn, hidden + 2 * cfg.ffn * cfg.mlp_bias),
-        matmul("down", most, whole, cfg.ffn, hidden, hidden * cfg.mlp_bias),
-        matmul("head", int(most == layers), wanted, hidden, cfg.vocab, hidden),
+        Cost("qkv", layers, keys_values.bytes + queries.bytes, keys_values.flops + queries.flops),
+        Cost("attention", passed, 2 * kv * itemsize * seen, 4 * q * seen),
+        matmul("out", passed, tokens, q, hidden, hidden * cfg.out_bias),
+        matmul("gate_up", passed, tokens, hidden, 2 * cfg.ffn, hidden + 2 * cfg.ffn * cfg.mlp_bias),
+        matmul("down", passed, tokens, cfg.ffn, hidden, hidden * cfg.mlp_bias),
+        matmul("head", int(passed == layers), wanted, hidden, cfg.vocab, hidden),
         Cost("sampling", 2, 0, 0),
     ]
 

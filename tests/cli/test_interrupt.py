@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,24 @@ def test_what_fails_in_such_a_block_is_heard_though_ctrl_c_came_too():
     with pytest.raises(ImportError), whole():
         signal.raise_signal(signal.SIGINT)
         raise ImportError
+
+
+def test_what_ignores_ctrl_c_goes_on_ignoring_it_and_other_threads_hear_of_none():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with whole():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    def elsewhere() -> bool:
+        with whole():
+            return signal.getsignal(signal.SIGINT) is before
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(elsewhere).result()
 
 
 @pytest.mark.parametrize(("command", "arguments"), [(main, ["chat"]), (main, ["serve"]), (chat_main, [])])
