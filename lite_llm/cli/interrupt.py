@@ -36,7 +36,7 @@ class Interrupt:
 
 @contextlib.contextmanager
 def whole() -> Iterator[None]:
-    """In this `with` block Ctrl-C waits for its end, and the second one does not; it is lost if the block fails.
+    """In this `with` block Ctrl-C waits for its end, and the second one does not. The first is lost if the block fails.
 
     For what must not be cut in the middle: torch's C++ aborts the process if its import is, and half a frame on the
     terminal could not be taken back. Only the main thread hears signals; in any other this does nothing.
