@@ -45,8 +45,11 @@ class PrefixCache:
     def unlock(self, node: Node) -> None:
         self._lock(node, -1)
 
-    def insert(self, ids: list[int], slots: list[int]) -> list[int]:
-        """Give the tree the slots of a computed sequence; returns those it does not take: it has other ones there."""
+    def insert(self, ids: list[int], slots: list[int], shared: int = 0) -> list[int]:
+        """Give the tree the slots of a computed sequence; returns those it does not take: it has other ones there.
+
+        The first `shared` slots are the tree's, as a `match` that is still locked has given them.
+        """
         assert len(ids) == len(slots)
         node, known = self._walk(ids)
         done = len(known)
@@ -57,7 +60,7 @@ class PrefixCache:
             self._mark(leaf.slots, True)
             node = leaf
         self._touch(node)
-        return [slot for slot, other in zip(slots[:done], known, strict=True) if slot != other]
+        return [slot for slot, other in zip(slots[shared:done], known[shared:], strict=True) if slot != other]
 
     def evict(self, n: int) -> list[int]:
         """Up to n slots of unlocked nodes, which the tree forgets: the tails of the leaves used longest ago."""
@@ -143,7 +146,7 @@ class NoPrefix:
     def unlock(self, node: None) -> None:
         pass
 
-    def insert(self, ids: list[int], slots: list[int]) -> list[int]:
+    def insert(self, ids: list[int], slots: list[int], shared: int = 0) -> list[int]:
         return slots
 
     def evict(self, n: int) -> list[int]:

@@ -323,7 +323,7 @@ class Scheduler:
         if request.finish_reason in ("error", "grammar"):  # its K and V may be damaged
             mine = request.slots[request.shared : cached]
         else:
-            mine = self.prefix.insert(request.keys(cached), request.slots[:cached])
+            mine = self.prefix.insert(request.keys(cached), request.slots[:cached], request.shared)
         self.slots.free(spare + mine)
         self.prefix.unlock(request.node)
         self.running.remove(request)

@@ -52,7 +52,7 @@ class PrefixMachine(RuleBasedStateMachine):
         slots = [self.slot[hit[: n + 1]] for n in range(len(hit))] + own
         before = self.cached_length(ids)
         given, handed = list(ids), list(slots)
-        back = self.cache.insert(given, handed)
+        back = self.cache.insert(given, handed, len(hit))
         assert back == slots[len(hit) : before], "the tree must return exactly what it has already"
         given.clear()  # the caller's lists stay the caller's
         handed.clear()
