@@ -80,6 +80,18 @@ def test_requests_dealt_out_whole_or_split_give_the_same_bits(monkeypatch, lengt
             assert splitting < 0 or kept[0][0].isnan().all(), "something was split"
 
 
+@pytest.mark.parametrize(("tiles", "whole"), [(0, False), (1, True)])
+def test_requests_stay_whole_where_no_program_gets_much_more_than_its_share(monkeypatch, tiles, whole):
+    """Three of three tiles on two programs, where a share is five: one alone and two together, or split."""
+    kept, make = [], decoding.workspace
+    monkeypatch.setattr(decoding, "workspace", lambda *args: kept.append(make(*args)) or kept[-1])
+    monkeypatch.setattr(decoding, "processors", lambda device: 1)
+    c = case([3 * 64] * 3, heads=1, kv_heads=1, head_dim=16)
+    monkeypatch.setattr(decoding, "SPLITTING", tiles * 64)
+    shaped(c, block_n=64, programs=2)
+    assert bool(kept[0][0].isnan().all()) == whole
+
+
 @pytest.mark.parametrize("programs", [2, 40])
 def test_more_requests_than_one_look_at_their_lengths(monkeypatch, programs):
     """Also that requests without keys may stand anywhere, a run of nothing else included."""
