@@ -289,7 +289,7 @@ def _tiles(
     WINDOWED: tl.constexpr, SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tiles per segment, and tiles, of these requests; none where there is no such request."""
-    there = request < decodes
+    there = (request >= 0) & (request < decodes)
     _, _, size, most = _cut(tl.load(kv_len + request, there, other=0), window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
     return size, tl.where(there, most, 0)
 
