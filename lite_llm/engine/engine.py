@@ -91,7 +91,8 @@ class Engine:
                 encoder = Encoder(model, cfg, most.decodes + most.tokens, device, kv.k.dtype)
             self.runner = Runner(model, kv, self.state, usable_vocab or cfg.vocab, fixed, most, encoder, verifying)
         self.scheduler = Scheduler(
-            slots, max_requests, step_tokens, prefix, prompts, self._beside, self.runner.fill, drafts
+            slots, max_requests, step_tokens, prefix, prompts, self._beside, self.runner.fill, drafts,
+            spread=runner.LARGE if graphs else None,
         )  # fmt: skip
         self.flights: deque[Flight] = deque()
         self.launched = 0

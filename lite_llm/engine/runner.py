@@ -30,6 +30,11 @@ class Shape(NamedTuple):
         """Of the batch, in which every token that is verified is a request that decodes."""
         return self.decodes + (self.prompts if self.samples == 1 else self.tokens)
 
+    @property
+    def computed(self) -> int:
+        """Tokens, pads included."""
+        return self.decodes + self.tokens
+
 
 class Piece(NamedTuple):
     """What a step sends of one prompt, or of one request's last token and drafts."""
@@ -51,6 +56,9 @@ BESIDE = (16, 64, 128, 192)
 LEAST, LARGE = 64, 512
 """Tokens of the smallest step with prompts and decodes, for fewer take as long, and of one whose matmuls take longer
 than reading the weights."""
+FINE = 16
+"""Decodes from one step of LARGE tokens to the next: that is where most prompts are computed, and pads cost as much as
+tokens do."""
 PROMPTS = 32
 """Most prompts in one step of a graph."""
 ANOTHER = 256
@@ -63,9 +71,12 @@ def shapes(max_requests: int, step_tokens: int) -> list[Shape]:
     tokens = [n for n in TOKENS if n < step_tokens] + [step_tokens]
     prompts = min(PROMPTS, max_requests)
     beside = [n for n in BESIDE if n < max_requests] + [max_requests]
-    mixed = [Shape(d, min(prompts, t), t) for d in beside for t in _filling(d, tokens)]
-    mixed += [Shape(0, min(prompts, t), t) for t in tokens + [t for t in BETWEEN if t < step_tokens]]
-    return [Shape(d, 0, 0) for d in decodes] + sorted(mixed, key=lambda shape: (shape.decodes + shape.tokens, shape))
+    sizes = {(d, t) for d in beside for t in _filling(d, tokens)}
+    if LARGE <= step_tokens:
+        sizes |= {(d, LARGE - d) for d in range(FINE, min(max_requests, LARGE // 2) + 1, FINE)}
+    sizes |= {(0, t) for t in tokens} | {(0, t) for t in BETWEEN if t < step_tokens}
+    mixed = [Shape(d, min(prompts, t), t) for d, t in sorted(sizes, key=lambda size: (sum(size), size))]
+    return [Shape(d, 0, 0) for d in decodes] + mixed
 
 
 def verifying(max_requests: int, drafts: int) -> list[Shape]:
@@ -146,16 +157,20 @@ class Runner:
         """
         if not self.fixed:
             return tokens
-        chosen = self.fit(decodes, 1, 1).decodes
-        sizes = sorted(shape.tokens for shape in self.fixed if shape.decodes == chosen and shape.prompts)
-        filled = max((size for size in sizes if size <= tokens), default=tokens)
-        if filled == sizes[-1]:
-            return filled
-        if filled < tokens:
-            whole, rest = (next(size for size in sizes if size >= n) for n in (tokens, tokens - filled))
-            if whole > filled + rest + (0 if decodes else ANOTHER):
-                return filled
-        return tokens
+        front: list[Shape] = []  # each holds more than all that compute less
+        for shape in self.fixed:
+            if shape.prompts and shape.decodes >= decodes and (not front or shape.tokens > front[-1].tokens):
+                front.append(shape)
+        holding = lambda n: next(shape for shape in front if shape.tokens >= n)  # noqa: E731
+        if tokens > front[-1].tokens:
+            return front[-1].tokens
+        now, whole = tokens, holding(tokens).computed - (0 if decodes else ANOTHER)
+        for first in reversed(front):
+            if first.tokens < tokens:
+                both = first.computed + holding(tokens - first.tokens).computed - decodes
+                if both < whole:
+                    now, whole = first.tokens, both
+        return now
 
     def send(self, shape: Shape, rows: list[int], prompts: Sequence[Piece]) -> None:
         """Fill the inputs: rows that decode, and pieces of prompts or of what is verified."""

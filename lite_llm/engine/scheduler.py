@@ -24,6 +24,9 @@ FEW = 8
 """Most requests in a step with drafts: verifying some tokens of each costs little while a step takes as long as reading
 the weights does, and with more of them it does not."""
 
+MOST_SPREAD = 256
+"""Most steps that prompts are spread over, however long answers may become."""
+
 MOST_REVEALED = 64
 """Most tokens of prompts in a step whose logits are all wanted: each takes a row as wide as the vocabulary."""
 
@@ -46,15 +49,17 @@ class Scheduler:
         beside: Callable[[int], int] | None = None,
         fill: Callable[[int, int], int] | None = None,
         drafts: int = 0,
+        spread: int | None = None,
     ):
         """`step_tokens`: most tokens of a step that the device does not hold; `prompts`: of how many requests.
 
         `beside` says how many such tokens a step may have, by the number of requests that decode in it; None: all that
         fit. `fill` says how many of a step's tokens are better computed in it, and not in the next one, by the numbers
         of requests that decode in it and of such tokens; None: all. `drafts`: most drafted tokens of a request.
+        `spread`: tokens that a step in which others decode should have, for no more are needed; None: all that fit.
         """
         assert step_tokens >= max_requests, "every running request must fit in a step"
-        self.prompts, self.beside, self.fill, self.drafts = prompts, beside, fill, drafts
+        self.prompts, self.beside, self.fill, self.drafts, self.spread = prompts, beside, fill, drafts, spread
         self.slots, self.prefix, self.step_tokens = slots, prefix, step_tokens
         self.max_requests = max_requests
         self.free_rows = list(range(max_requests))[::-1]
@@ -191,11 +196,24 @@ class Scheduler:
         """Tokens of a step beyond one for each running request."""
         reading = [r for r in self.running if not r.decoding]
         decodes, spare = len(self.running) - len(reading), self.step_tokens - len(reading)
-        if self.beside is not None and decodes and (reading or self.waiting):
-            spare = min(spare, max(self.beside(decodes) - len(reading), 0))
+        if decodes and (reading or self.waiting):
+            if self.beside is not None:
+                spare = min(spare, max(self.beside(decodes) - len(reading), 0))
+            if self.spread is not None:
+                enough = max(self.spread - decodes, self.spread // 2, self._due(reading))
+                spare = min(spare, max(enough - len(reading), 0))
         if any(r.revealing for r in itertools.chain(reading, itertools.islice(self.waiting, self.prompts))):
             spare = min(spare, max(MOST_REVEALED - len(reading), 0))
         return spare
+
+    def _due(self, reading: list[Request]) -> int:
+        """Tokens of prompts in each step, if all that can begin are to be read in the steps that take place anyway.
+
+        Weights are read in each of these, so a token of a prompt costs least where no step has many of them.
+        """
+        begin = itertools.chain(reading, itertools.islice(self.waiting, len(self.free_rows)))
+        steps = max(r.max_len - len(r.ids) - r.flying for r in self.running if r.decoding)
+        return -(-sum(r.pending for r in begin) // min(max(steps, 1), MOST_SPREAD))
 
     def _filled(self, prompts: Plan, decodes: int) -> Plan:
         """Without those of the last tokens that `fill` leaves to the next step; their slots are kept."""

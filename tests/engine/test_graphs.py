@@ -80,11 +80,10 @@ def test_tokens_of_prompts_wait_where_that_saves_pads():
         left, computed, steps = tokens, 0, 0
         while left:
             now = chooser.fill(decodes, left)
-            left, computed, steps = left - now, computed + chooser.fit(decodes, 1, now).tokens, steps + 1
-        sizes = [s.tokens for s in chooser.fixed if s.decodes == chooser.fit(decodes, 1, 1).decodes and s.prompts]
-        if tokens <= max(sizes):
-            whole = chooser.fit(decodes, 1, tokens).tokens
-            assert computed + (steps - 1) * (0 if decodes else runner.ANOTHER) <= whole
+            left, computed, steps = left - now, computed + chooser.fit(decodes, 1, now).computed, steps + 1
+        if tokens <= max(s.tokens for s in chooser.fixed if s.decodes >= decodes):
+            whole = chooser.fit(decodes, 1, tokens).computed
+            assert computed + (steps - 1) * (-decodes if decodes else runner.ANOTHER) <= whole
 
 
 def test_large_steps_fill_the_tiles_of_matmuls():

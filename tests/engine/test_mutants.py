@@ -190,7 +190,7 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("known = 0 if request.revealing else", "known =", prompt_logprobs),
         ("max(MOST_REVEALED - len(reading), 0)", "spare", prompt_logprobs),
         ("self.beside(decodes) - len(reading), 0)", "self.beside(decodes) + len(reading), 0)", scheduler),
-        ("and decodes and (reading or", "and (reading or", scheduler),
+        ("if decodes and (reading or", "if (reading or", scheduler),
         ("youngest = self.running[-1]", "youngest = self.running[0]", scheduler),
         ("self.waiting.appendleft(request)", "self.waiting.append(request)", scheduler),
         ("else len(request.ids) - 1", "else len(request.ids)", scheduler),
