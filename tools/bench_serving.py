@@ -207,7 +207,7 @@ def table(record: dict) -> Table:
         said = f"{gate['equal']} of {gate['answers']} equal"
         made.add_row(f"{shape}, mixed", f"{rate:,.0f}", f"{mixed['of_limit']:.2f}", against, "", said)
         share = f"{chat['of_limit']:.2f}" + (f" ({LIMIT_GOALS[shape]:.2f})" if shape in LIMIT_GOALS else "")
-        batches = f"{chat['times_static']:.2f} x static, {chat['times_held']:.2f} held (2)"
+        batches = f"{chat['times_static']:.2f} x static (2), {chat['times_held']:.2f} held (2)"
         made.add_row(
             f"{shape}, chat", f"{chat['tokens_per_second']:,.0f}", share, batches,
             f"{idle['idle']:.1%} (5 %), {idle['left']} left in {idle['steps']} steps" if idle else "", "",

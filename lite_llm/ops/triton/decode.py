@@ -135,7 +135,7 @@ def _decode_kernel(
     if RELEASE == 0:
         release(PDL)
     kv_head = tl.program_id(0)
-    share, request, base, left, whole = _run(
+    share, request, base, left, step = _run(
         kv_len, decodes, least, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N, SPLITTING
     )
     if left == 0:
@@ -154,8 +154,7 @@ def _decode_kernel(
     # next request's stand. Loaded where they are used, they would stop the pipelining.
     key = tl.arange(0, BLOCK_N)
     slots = tl.load(mine + origin + tile * BLOCK_N + key, origin + tile * BLOCK_N + key < length, other=0)
-    partner = _partner(tl.program_id(1))
-    length_1, mine_1 = _whose(kv_len, rows, table, table_stride, tl.where(whole, partner, request + 1), decodes)
+    length_1, mine_1 = _whose(kv_len, rows, table, table_stride, request + step, decodes)
     wait(PDL)
     if RELEASE == 1:
         release(PDL)
@@ -166,7 +165,7 @@ def _decode_kernel(
     real = (head < GROUP)[:, None] & (col < HEAD_DIM)[None, :]
     within = kv_head * (GROUP * HEAD_DIM) + head[:, None] * HEAD_DIM + col[None, :]
     scale *= LOG2E
-    first_request, first_base, first_tile, first_tiles = request, base, tile, tl.minimum(most - tile, left)
+    first_request, first_tile = request, tile
     begun = tile == 0
     all_peak, all_total, all_acc = nothing(WIDE)  # of the segments so far, in their order
     peak, total, acc = nothing(WIDE)  # of this segment
@@ -189,7 +188,7 @@ def _decode_kernel(
         next_first = tl.maximum(next_length - window, 0) // BLOCK_N * BLOCK_N if WINDOWED else 0
         next_n = next_first + next_tile * BLOCK_N
         slots = tl.load(next_mine + next_n + key, next_n + key < next_length, other=0)
-        after = tl.where(whole, partner, request + 1 + ends.to(tl.int32))
+        after = request + tl.where(ends, 2 * step, step)
         length_1, mine_1 = _whose(kv_len, rows, table, table_stride, after, decodes)
 
         queries = tl.load(q + request.to(tl.int64) * (KV_HEADS * GROUP * HEAD_DIM) + within, real, other=0.0)
@@ -214,8 +213,7 @@ def _decode_kernel(
                 all_peak, all_total, all_acc = nothing(WIDE)
             begun |= ends
 
-        request = tl.where(ends, tl.where(whole, partner, request + 1), request)
-        base += tl.where(ends, most, 0)
+        request += tl.where(ends, step, 0)
         tile, length, mine = next_tile, next_length, next_mine
 
     if RELEASE == 2:
@@ -227,13 +225,13 @@ def _decode_kernel(
         place = (request.to(tl.int64) * KV_HEADS + kv_head) * segments
         keep(partial, stats, place, all_peak, all_total, all_acc, GROUP, HEAD_DIM)
         _arrive(
-            partial, stats, out, tickets, kv_len, request, kv_head, base, share, tile, segments, window,
-            KV_HEADS, GROUP, HEAD_DIM, WIDE, WIDE_GROUP, SEGMENT, MAX_SEGMENTS, WINDOWED, BLOCK_N,
+            partial, stats, out, tickets, kv_len, request, kv_head, base + first_tile + left - tile, share, 0, tile,
+            segments, window, KV_HEADS, GROUP, HEAD_DIM, WIDE, WIDE_GROUP, SEGMENT, MAX_SEGMENTS, WINDOWED, BLOCK_N,
         )  # fmt: skip
     if first_tile > 0:
         _arrive(
-            partial, stats, out, tickets, kv_len, first_request, kv_head, first_base, share, first_tiles, segments,
-            window, KV_HEADS, GROUP, HEAD_DIM, WIDE, WIDE_GROUP, SEGMENT, MAX_SEGMENTS, WINDOWED, BLOCK_N,
+            partial, stats, out, tickets, kv_len, first_request, kv_head, base, share, first_tile, left,
+            segments, window, KV_HEADS, GROUP, HEAD_DIM, WIDE, WIDE_GROUP, SEGMENT, MAX_SEGMENTS, WINDOWED, BLOCK_N,
         )  # fmt: skip
 
 
@@ -246,14 +244,17 @@ def _whose(kv_len, rows, table, table_stride, request, decodes):
 
 @triton.jit
 def _arrive(
-    partial, stats, out, tickets, kv_len, request, kv_head, base, share, tiles, segments, window,
+    partial, stats, out, tickets, kv_len, request, kv_head, base, share, tile, left, segments, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, WIDE_GROUP: tl.constexpr,
     SEGMENT: tl.constexpr, MAX_SEGMENTS: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """This program has kept `tiles` tiles of a request that it shares; whoever is the last to come adds all up."""
+    """This program has kept tiles of a request that it shares: from `tile` on as many as there are, `left` at most.
+
+    Whoever is the last to come adds all up.
+    """
     _, _, size, most = _cut(tl.load(kv_len + request), window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
     owner = request.to(tl.int64) * KV_HEADS + kv_head
-    done, used = tl.cdiv(tiles, size), tl.cdiv(most, size)
+    done, used = tl.cdiv(tl.minimum(most - tile, left), size), tl.cdiv(most, size)
     tl.debug_barrier()  # all threads have stored before one of them takes the ticket
     if tl.atomic_add(tickets + owner, done, sem="acq_rel", scope="gpu") + done == used:
         together = tl.cdiv((base // share + 1) * share - base, size)  # in the part that began the request
@@ -307,7 +308,7 @@ def _run(
     SPLITTING: tl.constexpr,
 ):  # fmt: skip
     """Tiles in a share (fair, or `least`); of this program's run its first request, where that one's tiles begin, and
-    how many the run has; and whether requests are dealt out whole.
+    how many the run has; and what makes a request's number that of the next one in the run.
 
     Tiles count through all requests. A program takes the segments whose first tile lies in its share.
     """
@@ -330,12 +331,14 @@ def _run(
 
     if whole:
         begun = tl.program_id(1)
-        base = begin
+        base = begin  # of a whole request the first tile comes first
+        step = _partner(begun) - begun
         _, one = _tiles(kv_len, begun, decodes, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
         _, two = _tiles(kv_len, _partner(begun), decodes, window, WINDOWED, SEGMENT, MAX_SEGMENTS, BLOCK_N)
         count = one + two
     else:
         begun = decodes
+        step = 1
         base = 0
         count = 0
         before = 0
@@ -349,7 +352,7 @@ def _run(
             begun = tl.minimum(begun, found)
             count += tl.sum(high - low)
             before += tl.sum(most)
-    return share, begun, base, count, whole
+    return share, begun, base, count, step
 
 
 @triton.jit
