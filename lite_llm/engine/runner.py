@@ -72,7 +72,7 @@ def shapes(max_requests: int, step_tokens: int) -> list[Shape]:
     prompts = min(PROMPTS, max_requests)
     beside = [n for n in BESIDE if n < max_requests] + [max_requests]
     sizes = {(d, t) for d in beside for t in _filling(d, tokens)}
-    if LARGE <= step_tokens:
+    if step_tokens >= LARGE:
         sizes |= {(d, LARGE - d) for d in range(FINE, min(max_requests, LARGE // 2) + 1, FINE)}
     sizes |= {(0, t) for t in tokens} | {(0, t) for t in BETWEEN if t < step_tokens}
     mixed = [Shape(d, min(prompts, t), t) for d, t in sorted(sizes, key=lambda size: (sum(size), size))]
