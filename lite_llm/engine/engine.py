@@ -92,7 +92,7 @@ class Engine:
             self.runner = Runner(model, kv, self.state, usable_vocab or cfg.vocab, fixed, most, encoder, verifying)
         self.scheduler = Scheduler(
             slots, max_requests, step_tokens, prefix, prompts, self._beside, self.runner.fill, drafts,
-            spread=runner.LARGE if graphs else None,
+            spread=self.runner.large if graphs else None,
         )  # fmt: skip
         self.flights: deque[Flight] = deque()
         self.launched = 0

@@ -49,14 +49,15 @@ class Scheduler:
         beside: Callable[[int], int] | None = None,
         fill: Callable[[int, int], int] | None = None,
         drafts: int = 0,
-        spread: int | None = None,
+        spread: Callable[[int], int] | None = None,
     ):
         """`step_tokens`: most tokens of a step that the device does not hold; `prompts`: of how many requests.
 
         `beside` says how many such tokens a step may have, by the number of requests that decode in it; None: all that
         fit. `fill` says how many of a step's tokens are better computed in it, and not in the next one, by the numbers
         of requests that decode in it and of such tokens; None: all. `drafts`: most drafted tokens of a request.
-        `spread`: tokens that a step in which others decode should have, for no more are needed; None: all that fit.
+        `spread` says how many such tokens a step should have in which so many requests decode, unless it takes more for
+        all to be read in the steps that take place anyway; None: all that fit.
         """
         assert step_tokens >= max_requests, "every running request must fit in a step"
         self.prompts, self.beside, self.fill, self.drafts, self.spread = prompts, beside, fill, drafts, spread
@@ -200,7 +201,7 @@ class Scheduler:
             if self.beside is not None:
                 spare = min(spare, max(self.beside(decodes) - len(reading), 0))
             if self.spread is not None:
-                enough = max(self.spread - decodes, self.spread // 2, self._due(reading))
+                enough = max(self.spread(decodes), self._due(reading))
                 spare = min(spare, max(enough - len(reading), 0))
         if any(r.revealing for r in itertools.chain(reading, itertools.islice(self.waiting, self.prompts))):
             spare = min(spare, max(MOST_REVEALED - len(reading), 0))

@@ -26,6 +26,7 @@ from tests.engine import (
     test_sampling,
     test_scheduler,
     test_slots,
+    test_spread,
 )
 
 QUICK = settings(
@@ -58,6 +59,9 @@ def scheduler() -> None:
     test_scheduler.test_no_decode_waits_for_a_long_prompt()
     test_scheduler.test_prompts_take_no_more_beside_decodes_than_they_may()
     test_scheduler.test_prompts_get_on_even_where_they_may_take_nothing()
+    test_spread.test_a_step_with_decodes_has_as_many_tokens_as_it_should()
+    test_spread.test_prompts_hurry_where_the_answers_under_way_end_first()
+    test_spread.test_prompts_that_cannot_begin_make_no_hurry()
     run_state_machine_as_test(test_scheduler.SchedulerMachine, settings=QUICK)
 
 
@@ -191,6 +195,9 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("max(MOST_REVEALED - len(reading), 0)", "spare", prompt_logprobs),
         ("self.beside(decodes) - len(reading), 0)", "self.beside(decodes) + len(reading), 0)", scheduler),
         ("if decodes and (reading or", "if (reading or", scheduler),
+        ("islice(self.waiting, len(self.free_rows))", "iter(self.waiting)", scheduler),
+        ("max(self.spread(decodes), self._due(reading))", "self.spread(decodes)", scheduler),
+        ("max(enough - len(reading), 0)", "enough", scheduler),
         ("youngest = self.running[-1]", "youngest = self.running[0]", scheduler),
         ("self.waiting.appendleft(request)", "self.waiting.append(request)", scheduler),
         ("else len(request.ids) - 1", "else len(request.ids)", scheduler),

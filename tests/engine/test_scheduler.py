@@ -126,6 +126,7 @@ def trace(seed: int, cancels: bool = True) -> int:
     rows = draw.randint(1, 4)
     full = draw.choice((1, 1, 2, 5))
     sim = Simulation(draw.randint(12, 24), rows, rows + draw.randint(0, 6), draw.random() < 0.8, full=full)
+    sim.scheduler.spread = draw.choice((None, lambda decodes: 2))
     todo, live, cancelled = draw.randint(1, 8), {}, {}
     while todo or sim.scheduler.running or sim.scheduler.waiting:
         if todo and draw.random() < 0.4:
