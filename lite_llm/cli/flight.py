@@ -82,8 +82,12 @@ class FlightView:
 
     def __enter__(self) -> "FlightView":
         if self._due < math.inf:
-            with whole():
-                self._live.start()
+            try:
+                with whole():
+                    self._live.start()
+            except BaseException:  # Ctrl-C, heard when it had started
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *_) -> None:

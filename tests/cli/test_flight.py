@@ -289,6 +289,16 @@ def test_an_interrupt_leaves_nothing_and_comes_after_the_frame():
     assert at.file.getvalue().count("\x1b[?25h") == 1 and signal.getsignal(signal.SIGINT) is before
 
 
+def test_an_interrupt_before_the_first_frame_leaves_nothing():
+    at = console()
+    view = FlightView(at)
+    start = view._live.start
+    view._live.start = lambda: (start(), signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt), view:
+        raise AssertionError("the block began")
+    assert at.file.getvalue().count("\x1b[?25l") == at.file.getvalue().count("\x1b[?25h") == 1
+
+
 def test_without_a_terminal_nothing_is_written_and_nobody_is_asked(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     for at in (Console(file=io.StringIO()), Console(file=Tty(), force_terminal=True, _environ={"TERM": "dumb"})):
