@@ -151,7 +151,7 @@ class Runner:
     def large(self, decodes: int) -> int:
         """Tokens of prompts that fill a step of LARGE tokens in which so many requests decode, or half of LARGE."""
         shapes = (shape for shape in self.fixed if shape.decodes >= decodes and shape.computed <= LARGE)
-        return max(LARGE // 2, *(shape.tokens for shape in shapes))
+        return max((shape.tokens for shape in shapes), default=LARGE // 2)
 
     def fill(self, decodes: int, tokens: int) -> int:
         """How many of a step's tokens of prompts are better computed in it, and not in the next one.

@@ -24,9 +24,6 @@ FEW = 8
 """Most requests in a step with drafts: verifying some tokens of each costs little while a step takes as long as reading
 the weights does, and with more of them it does not."""
 
-MOST_SPREAD = 256
-"""Most steps that prompts are spread over, however long answers may become."""
-
 MOST_REVEALED = 64
 """Most tokens of prompts in a step whose logits are all wanted: each takes a row as wide as the vocabulary."""
 
@@ -208,13 +205,16 @@ class Scheduler:
         return spare
 
     def _due(self, reading: list[Request]) -> int:
-        """Tokens of prompts in each step, if all that can begin are to be read in the steps that take place anyway.
+        """Tokens of prompts in each step, if all for which there is a row are to be read in the steps that the answers
+        under way take anyway, and in no more steps than there are requests.
 
-        Weights are read in each of these, so a token of a prompt costs least where no step has many of them.
+        Weights are read in each of these, so a token of a prompt costs least where no step has many of them. With few
+        requests that gains little, and a long prompt would wait long.
         """
-        begin = itertools.chain(reading, itertools.islice(self.waiting, len(self.free_rows)))
-        steps = max(r.max_len - len(r.ids) - r.flying for r in self.running if r.decoding)
-        return -(-sum(r.pending for r in begin) // min(max(steps, 1), MOST_SPREAD))
+        prompts = [*reading, *itertools.islice(self.waiting, len(self.free_rows))]
+        left = [r.max_len - len(r.ids) - r.flying for r in self.running if r.decoding]
+        steps = min(max(*left, 1), len(left) + len(prompts))
+        return -(-sum(r.pending for r in prompts) // steps)
 
     def _filled(self, prompts: Plan, decodes: int) -> Plan:
         """Without those of the last tokens that `fill` leaves to the next step; their slots are kept."""

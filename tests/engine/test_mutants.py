@@ -62,6 +62,8 @@ def scheduler() -> None:
     test_spread.test_a_step_with_decodes_has_as_many_tokens_as_it_should()
     test_spread.test_prompts_hurry_where_the_answers_under_way_end_first()
     test_spread.test_prompts_that_cannot_begin_make_no_hurry()
+    test_spread.test_what_is_left_of_a_prompt_hurries_too()
+    test_spread.test_tokens_under_way_count_as_answered(1, 512)
     run_state_machine_as_test(test_scheduler.SchedulerMachine, settings=QUICK)
 
 
@@ -198,6 +200,8 @@ MUTANTS: dict[str, list[tuple[str, str, Callable[[], None]]]] = {
         ("islice(self.waiting, len(self.free_rows))", "iter(self.waiting)", scheduler),
         ("max(self.spread(decodes), self._due(reading))", "self.spread(decodes)", scheduler),
         ("max(enough - len(reading), 0)", "enough", scheduler),
+        ("max(*left, 1)", "max(left)", scheduler),
+        ("prompts = [*reading, *", "prompts = [*", scheduler),
         ("youngest = self.running[-1]", "youngest = self.running[0]", scheduler),
         ("self.waiting.appendleft(request)", "self.waiting.append(request)", scheduler),
         ("else len(request.ids) - 1", "else len(request.ids)", scheduler),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lite_llm.engine import runner, scheduler
+from lite_llm.engine import runner
 from lite_llm.engine.request import Request
 from tests.engine.models import Rig, Simulation, alone, answer_of
 
@@ -28,7 +28,7 @@ def one_decodes(spread: int | None, answer: int, prompts: int, length: int, rows
 
 
 def test_a_step_with_decodes_has_as_many_tokens_as_it_should():
-    sim = one_decodes(32, 100, 8, 40)
+    sim = one_decodes(32, 100, 8, 20)
     while sim.scheduler.waiting:
         assert 32 - decodes(sim) == tokens_of_prompts(sim)
     sim.run()
@@ -38,7 +38,7 @@ def test_many_decodes_leave_half_of_it_to_prompts():
     sim = one_decodes(8, 100, 11, 1)
     while sim.scheduler.waiting:
         sim.step()
-    late = sim.add([1, 0] * 20, 4)
+    late = sim.add([1, 0] * 10, 4)
     assert decodes(sim) > 8 and tokens_of_prompts(sim) == 4 and late.cached == 4
 
 
@@ -48,13 +48,37 @@ def test_prompts_hurry_where_the_answers_under_way_end_first():
 
 
 def test_prompts_that_cannot_begin_make_no_hurry():
-    assert tokens_of_prompts(one_decodes(16, 4, 12, 50, rows=3)) == 26  # of 2 * 51 in 4 steps
+    assert tokens_of_prompts(one_decodes(16, 4, 12, 50, rows=3)) == 34  # of 2 * 51, by 3 requests
 
 
-def test_however_long_an_answer_may_become_prompts_are_read_in_some_steps(monkeypatch):
-    assert tokens_of_prompts(one_decodes(32, 1000, 12, 50)) == 31
-    monkeypatch.setattr(scheduler, "MOST_SPREAD", 4)
-    assert tokens_of_prompts(one_decodes(32, 1000, 12, 50)) == 12 * 51 // 4
+def test_however_long_an_answer_may_become_prompts_are_read_in_as_many_steps_as_there_are_requests():
+    assert tokens_of_prompts(one_decodes(32, 1000, 12, 50)) == 48  # of 12 * 51, by 13 requests
+    assert tokens_of_prompts(one_decodes(32, 1000, 1, 900)) == 451
+
+
+def test_what_is_left_of_a_prompt_hurries_too():
+    sim = one_decodes(16, 4, 1, 200)
+    assert [tokens_of_prompts(sim) for _ in range(3)] == [101, 50, 25]
+
+
+@pytest.mark.parametrize("answer, tokens", [(4, 12 * 51 // 3), (1, 512)])
+def test_tokens_under_way_count_as_answered(answer, tokens):
+    sim = one_decodes(32, answer, 12, 50)
+    first = sim.scheduler.running[0]
+    first.flying = 1
+    assert sum(n for request, n in sim.scheduler.plan() if request is not first) == tokens
+
+
+@pytest.mark.parametrize("most", [16, 40, 64, 200, 256, 600])
+def test_large_shapes_hold_all_but_the_decodes(most):
+    chooser = runner.Runner.__new__(runner.Runner)
+    chooser.fixed = runner.shapes(most, 2048)
+    for decodes in range(1, most + 1):
+        padded = -(-decodes // 16) * 16
+        if padded <= min(most, runner.LARGE // 2):
+            assert chooser.large(decodes) == runner.LARGE - padded
+        assert chooser.fill(decodes, chooser.large(decodes)) == chooser.large(decodes) >= runner.LARGE // 2
+    assert (16, 32 if most >= 32 else 16, 496, 1) in runner.shapes(most, 512)
 
 
 def test_nobody_waits_where_nobody_decodes_or_nothing_is_to_be_spread():
