@@ -43,7 +43,7 @@ class EngineConfig:
     context: int | None = None  # longest prompt + answer; None: what model and pool allow
     kv_tokens: int | None = None  # slots of the KV pool
     max_requests: int = 64  # requests that advance together
-    step_tokens: int = 2048  # most tokens of prompts in one step
+    step_tokens: int = 2048  # most tokens of prompts in one step; beside decodes a GPU mostly takes 512 in all
     max_slowdown: float | None = None  # a step with prompts takes at most this many times one without; None: any time
     drafts: int = 0  # tokens guessed from what prompt and answer already said, verified together in a step; 0: none
     prefix_cache: bool = True  # keep the KV of finished requests for prompts that begin alike

@@ -156,9 +156,9 @@ class Runner:
     def fill(self, decodes: int, tokens: int) -> int:
         """How many of a step's tokens of prompts are better computed in it, and not in the next one.
 
-        All, unless there are more than any shape holds, or fewer pads are computed if the largest shape that they fill
-        comes first and one for the rest next: a step in which others decode takes place anyway, another one has to be
-        worth its own time.
+        All, unless there are more than any shape holds, or less is computed if a shape that some of them fill comes
+        first and one for the rest next: a step in which others decode takes place anyway, another one has to be worth
+        its own time.
         """
         if not self.fixed:
             return tokens

@@ -100,14 +100,17 @@ def test_a_runner_without_shapes_leaves_nothing_to_the_next_step():
     assert chooser.fill(3, 1100) == 1100
 
 
-@pytest.mark.parametrize("slowdown, most", [(None, 200), (2.0, 64)])
-def test_an_engine_that_knows_its_shapes_holds_prompts_back_beside_decodes(slowdown, most):
-    rig = Rig(slots=600, rows=4, step_tokens=256, max_len=300, padded=True)
+@pytest.mark.parametrize(
+    "slowdown, step_tokens, length, most",
+    [(None, 256, 200, 200), (2.0, 256, 200, 64), (None, 256, 1200, 256), (None, 2048, 1200, runner.LARGE - 4)],
+)
+def test_an_engine_that_knows_its_shapes_holds_prompts_back_beside_decodes(slowdown, step_tokens, length, most):
+    rig = Rig(slots=3000, rows=4, step_tokens=step_tokens, max_len=1500, padded=True)
     rig.engine.max_slowdown = slowdown
     rig.engine.runner.seconds = {s: 1.0 + 0.01 * s.tokens for s in rig.engine.runner.fixed}
     first = rig.add([1, 2], max_tokens=50)
     rig.step()
-    second = rig.add([i % 16 for i in range(200)], max_tokens=2)
+    second = rig.add([i % 16 for i in range(length)], max_tokens=2)
     rig.step()
     assert first.decoding and second.cached == most
     rig.run()

@@ -3,8 +3,7 @@
 import pytest
 
 from lite_llm.engine import runner
-from lite_llm.engine.request import Request
-from tests.engine.models import Rig, Simulation, alone, answer_of
+from tests.engine.models import Simulation, answer_of
 
 
 def tokens_of_prompts(sim: Simulation) -> int:
@@ -90,23 +89,6 @@ def test_nobody_waits_where_nobody_decodes_or_nothing_is_to_be_spread():
     assert tokens_of_prompts(one_decodes(None, 100, 8, 80)) == 512
 
 
-@pytest.mark.parametrize("step_tokens, most", [(2048, runner.LARGE - 4), (256, 256)])
-def test_an_engine_spreads_prompts_over_steps_of_large_shapes(step_tokens, most):
-    rig = Rig(slots=3000, rows=4, step_tokens=step_tokens, max_len=1500, padded=True)
-    first = rig.add([1, 2], max_tokens=200)
-    rig.step()
-    second = rig.add([i % 16 for i in range(1200)], max_tokens=2)
-    rig.step()
-    assert first.decoding and second.cached == most
-    rig.run()
-    assert (second.output, second.finish_reason) == alone(second, 16)
-
-
-def answers_right(sim: Simulation, asked: dict[Request, list[int]]) -> None:
-    for request, prompt in asked.items():
-        assert request.output == answer_of(request, prompt, sim.vocab)
-
-
 @pytest.mark.parametrize("spread", [1, 2, 5, 64])
 def test_answers_are_the_same_however_prompts_are_spread(spread):
     sim = Simulation(slots=60, rows=4, step_tokens=8)
@@ -114,4 +96,5 @@ def test_answers_are_the_same_however_prompts_are_spread(spread):
     prompts = [[i % 2, 1, 0] * (1 + i % 4) for i in range(12)]
     asked = {sim.add(prompt, 3 + i % 9): prompt for i, prompt in enumerate(prompts)}
     sim.run()
-    answers_right(sim, asked)
+    for request, prompt in asked.items():
+        assert request.output == answer_of(request, prompt, sim.vocab)
