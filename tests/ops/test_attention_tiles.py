@@ -19,7 +19,7 @@ from lite_llm.ops.triton.attention_tiles import (
     flash_default,
     flash_fits,
 )
-from lite_llm.ops.triton.tuning import AttendRow, Choice, DecodeRow
+from lite_llm.ops.triton.tuning import ANY, AttendRow, Choice, DecodeRow
 from tests.close import DEVICE
 from tests.ops.attention import case, check
 from tests.ops.tables import fresh_tables
@@ -86,11 +86,20 @@ def on_an_h200(monkeypatch):
 def test_what_an_h200_takes(on_an_h200, head_dim, itemsize):
     plain, windowed, few, many = BY_HEAD_DIM[head_dim, itemsize]
     for wanted, window in ((plain, False), (windowed, True)):
-        assert tuning.choose_attend(HERE, head_dim, itemsize, window) == wanted
+        assert tuning.choose_attend(HERE, head_dim, itemsize, window, ANY, False) == wanted
+        assert tuning.choose_attend(HERE, head_dim, itemsize, window, ANY, True) == wanted
     for requests in (1, 2, 64, 127, 128):
         assert tuning.choose_decode(HERE, head_dim, itemsize, requests) == Decode(*few)
     for requests in (129, 256, 1024, tuning.REQUESTS[-1]):
         assert tuning.choose_decode(HERE, head_dim, itemsize, requests) == Decode(*many)
+
+
+def test_few_pairs_and_prompts_beside_decodes_take_smaller_tiles_of_as_many_keys(on_an_h200):
+    alone, beside = [Choice("flash", Flash(64, 64, 4, stages)) for stages in (4, 2)]
+    large = Choice("flash", Flash(128, 64, 8, 3))
+    for pairs, wanted in ((1, (alone, beside)), (16384, (alone, beside)), (16385, (large, large))):
+        assert tuple(tuning.choose_attend(HERE, 64, 2, False, pairs, flag) for flag in (False, True)) == wanted
+    assert tuning.choose_attend(HERE, 64, 2, True, 1, True) == large, "with a window nobody has measured"
 
 
 @pytest.mark.parametrize("gpu", SHARED)
@@ -149,11 +158,11 @@ def test_a_gpu_of_another_capability_is_taken_for_the_smallest():
 
 def test_without_a_row_the_default_is_taken(table, monkeypatch):
     monkeypatch.setattr(tuning, "capability", lambda device: 90)
-    table(AttendRow("attend", 64, 2, False, Choice("flash", Flash(64, 32, 4, 2))))
-    assert tuning.choose_attend(HERE, 64, 2, False) == ("flash", (64, 32, 4, 2))
-    assert tuning.choose_attend(HERE, 64, 2, True) == ("flash", flash_default(64, 2, True, 90))
-    assert tuning.choose_attend(HERE, 64, 4, False) == ("flash", flash_default(64, 4, False, 90))
-    assert tuning.choose_attend(HERE, 128, 2, False) == ("hopper", flash_default(128, 2, False, 90))
+    table(AttendRow("attend", 64, 2, False, ANY, False, Choice("flash", Flash(64, 32, 4, 2))))
+    assert tuning.choose_attend(HERE, 64, 2, False, 512, False) == ("flash", (64, 32, 4, 2))
+    assert tuning.choose_attend(HERE, 64, 2, True, 512, False) == ("flash", flash_default(64, 2, True, 90))
+    assert tuning.choose_attend(HERE, 64, 4, False, 512, False) == ("flash", flash_default(64, 4, False, 90))
+    assert tuning.choose_attend(HERE, 128, 2, False, 512, False) == ("hopper", flash_default(128, 2, False, 90))
     for requests in (1, MANY, MANY + 1):
         assert tuning.choose_decode(HERE, 64, 2, requests) == decode_default(64, 2, 90)
 
@@ -161,10 +170,10 @@ def test_without_a_row_the_default_is_taken(table, monkeypatch):
 def test_a_row_without_a_tile_says_the_kernel_alone(table, monkeypatch):
     monkeypatch.setattr(tuning, "capability", lambda device: 90)
     table(
-        AttendRow("attend", 128, 2, False, Choice("flash", None)),
+        AttendRow("attend", 128, 2, False, ANY, False, Choice("flash", None)),
         DecodeRow("decode", 64, 2, MANY, Choice("decode", None)),
     )
-    assert tuning.choose_attend(HERE, 128, 2, False) == ("flash", flash_default(128, 2, False, 90))
+    assert tuning.choose_attend(HERE, 128, 2, False, 512, False) == ("flash", flash_default(128, 2, False, 90))
     assert tuning.choose_decode(HERE, 64, 2, 1) == decode_default(64, 2, 90)
 
 
@@ -185,7 +194,7 @@ def test_the_next_row_above_serves_decodes(table, monkeypatch):
 def test_a_row_that_does_not_fit_gives_way_to_the_default(table, monkeypatch):
     large, long = Flash(128, 128, 8, 3), Decode(128, 8, 3, 2)
     table(
-        AttendRow("attend", 128, 2, False, Choice("hopper", large)),
+        AttendRow("attend", 128, 2, False, ANY, False, Choice("hopper", large)),
         DecodeRow("decode", 128, 2, MANY, Choice("decode", long)),
     )
     for gpu, kernel, fitting in (
@@ -197,7 +206,7 @@ def test_a_row_that_does_not_fit_gives_way_to_the_default(table, monkeypatch):
         monkeypatch.setattr(tuning, "capability", lambda device, gpu=gpu: gpu)
         with fresh_tables():
             tile = large if fitting else flash_default(128, 2, False, gpu)
-            assert tuning.choose_attend(HERE, 128, 2, False) == (kernel, tile), gpu
+            assert tuning.choose_attend(HERE, 128, 2, False, 512, False) == (kernel, tile), gpu
             assert tuning.choose_decode(HERE, 128, 2, 1) == (long if fitting else decode_default(128, 2, gpu)), gpu
 
 
@@ -217,8 +226,8 @@ class Spy:
 
 def test_kernels_get_the_tiles_of_the_table(table, monkeypatch):
     table(
-        AttendRow("attend", 16, 4, False, Choice("flash", Flash(32, 32, 4, 2))),
-        AttendRow("attend", 16, 4, True, Choice("flash", Flash(16, 32, 4, 1))),
+        AttendRow("attend", 16, 4, False, ANY, False, Choice("flash", Flash(32, 32, 4, 2))),
+        AttendRow("attend", 16, 4, True, ANY, False, Choice("flash", Flash(16, 32, 4, 1))),
         DecodeRow("decode", 16, 4, MANY, Choice("decode", Decode(16, 2, 2, 1, asked=4))),
     )
     prompts, decodes = Spy(attention._attend_kernel), Spy(decode._decode_kernel)
@@ -228,6 +237,31 @@ def test_kernels_get_the_tiles_of_the_table(table, monkeypatch):
         check(case([40, 3, 35, 20], [1, 1, 30, 3], 2, 1, 16, window=window))
     assert [(k["BLOCK_M"], k["BLOCK_N"], k["num_stages"]) for k in prompts.launches] == [(32, 32, 2), (16, 32, 1)]
     assert [(k["BLOCK_N"], k["num_warps"], k["ASKED"]) for k in decodes.launches] == [(16, 2, 4)] * 2
+
+
+def test_prompts_take_the_tile_of_their_number_and_of_what_is_beside_them(table, monkeypatch):
+    heights = ((64, 5, False), (32, 5, True), (16, ANY, False))
+    table(*(AttendRow("attend", 16, 4, False, n, b, Choice("flash", Flash(m, 16, 4, 1))) for m, n, b in heights))
+    spy = Spy(attention._attend_kernel)
+    monkeypatch.setattr(attention, "_attend_kernel", spy)
+    for new in ([5], [1, 5], [6], [1, 6], [1, 2, 3]):  # of one head
+        check(case([9] * len(new), new, 1, 1, 16, decodes=new.count(1)))
+    assert [launch["BLOCK_M"] for launch in spy.launches] == [64, 32, 16, 16, 32]
+
+
+@pytest.mark.gpu
+def test_an_answer_has_the_same_bits_with_every_tile_of_its_head_dim():
+    lengths, new = [700, 2100, 64, 65, 300, 31], [700, 129, 64, 1, 33, 31]
+    for row in tuning.read(tuning.TABLES / "nvidia-h200.json"):
+        if row.op == "attend" and row.choice.kernel == "flash":
+            c = case(lengths, new, 32, 8, row.head_dim, torch.bfloat16, decodes=0)
+            given = (c.k_pool, c.v_pool, c.table, c.rows, c.q_start, c.kv_len, 0, c.scale, None, True)
+            found = []
+            for tile in (row.choice.tile, tuning.choose_attend(HERE, row.head_dim, 2, False, ANY, False).tile):
+                out = torch.empty_like(c.q)
+                attention.attend_flash(c.q, *given[:2], out, *given[2:], shape=tile)
+                found.append(out)
+            assert torch.equal(*found), row
 
 
 def test_shape_overrides_the_table(monkeypatch):
@@ -241,8 +275,8 @@ def test_shape_overrides_the_table(monkeypatch):
     assert (out - c.run()).abs().max() < 1e-5
 
 
-ATTEND = {"op": "attend", "head_dim": 128, "itemsize": 2, "windowed": False, "kernel": "flash",
-          "tile": {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}}  # fmt: skip
+ATTEND = {"op": "attend", "head_dim": 128, "itemsize": 2, "windowed": False, "pairs": ANY, "beside": False,
+          "kernel": "flash", "tile": {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}}  # fmt: skip
 DECODE = {"op": "decode", "head_dim": 64, "itemsize": 2, "requests": 128, "kernel": "decode",
           "tile": {"block_n": 128, "num_warps": 4, "num_stages": 2, "programs": 3}}  # fmt: skip
 
@@ -255,8 +289,8 @@ def read(tmp_path, *rows):
 def test_a_row_says_what_it_says(tmp_path):
     bare = {name: value for name, value in ATTEND.items() if name != "tile"} | {"kernel": "hopper", "windowed": True}
     assert read(tmp_path, ATTEND, bare, DECODE) == [
-        AttendRow("attend", 128, 2, False, Choice("flash", Flash(128, 64, 8, 3))),
-        AttendRow("attend", 128, 2, True, Choice("hopper", None)),
+        AttendRow("attend", 128, 2, False, ANY, False, Choice("flash", Flash(128, 64, 8, 3))),
+        AttendRow("attend", 128, 2, True, ANY, False, Choice("hopper", None)),
         DecodeRow("decode", 64, 2, 128, Choice("decode", Decode(128, 4, 2, 3))),
     ]
 
@@ -268,7 +302,11 @@ def test_a_row_says_what_it_says(tmp_path):
         (ATTEND, {"itemsize": 8}, "head_dim = 128, itemsize = 8; expected"),
         (ATTEND, {"itemsize": "2"}, "itemsize = '2'; expected a whole number"),
         (ATTEND, {"windowed": 0}, "windowed = 0; expected true or false"),
-        (ATTEND, {"requests": 128}, "expected the keys head_dim, itemsize, kernel, op, tile, windowed"),
+        (ATTEND, {"beside": 1}, "beside = 1; expected true or false"),
+        (ATTEND, {"pairs": 0}, "pairs = 0; expected a whole number"),
+        (ATTEND, {"pairs": 9, "tile": ATTEND["tile"] | {"block_n": 32}}, "kernel = flash and block_n = 64, as another"),
+        (ATTEND, {"beside": True, "kernel": "hopper"}, "expected kernel = flash and block_n = 64, .* nor beside"),
+        (ATTEND, {"requests": 128}, "expected the keys beside, head_dim, itemsize, kernel, op, pairs, tile, windowed"),
         (ATTEND, {"kernel": "gemv"}, "kernel = 'gemv'; expected flash, hopper"),
         (ATTEND, {"kernel": "hopper", "head_dim": 64}, "hopper takes head_dim = 128, itemsize = 2 alone"),
         (ATTEND, {"kernel": "hopper", "itemsize": 4}, "hopper takes head_dim = 128"),

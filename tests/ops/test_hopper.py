@@ -166,7 +166,7 @@ def test_other_gpus_types_and_head_dims_go_to_the_portable_kernel(monkeypatch, g
     monkeypatch.setattr(tuning, "capability", lambda device: gpu)
     with fresh_tables():
         for itemsize, dim in ((2, 128), (4, 128), (2, 64), (2, 112), (2, 256)):
-            kernel = tuning.choose_attend(torch.device(DEVICE), dim, itemsize, False).kernel
+            kernel = tuning.choose_attend(torch.device(DEVICE), dim, itemsize, False, 512, False).kernel
             assert (kernel == "hopper") == (gpu == 90 and itemsize == 2 and dim == 128), (dim, itemsize)
 
 

@@ -10,7 +10,7 @@ from lite_llm.config import HFConfig
 from lite_llm.models import registry, shapes
 from lite_llm.ops.triton import tuning
 from lite_llm.ops.triton.attention_tiles import Decode, Flash, flash_fits
-from lite_llm.ops.triton.tuning import AttendRow, Choice, DecodeRow
+from lite_llm.ops.triton.tuning import ANY, AttendRow, Choice, DecodeRow
 from tests.close import DEVICE
 from tests.ops.tables import fresh_tables
 from tests.tools.test_tune import DTYPE, FAR, FakeTimer
@@ -141,15 +141,17 @@ def test_without_time_nothing_is_tried(gpu):
 def test_a_row_takes_the_place_of_its_like_alone(tmp_path):
     path = tmp_path / "gpu.json"
     rows = tuning.read(tuning.TABLES / "nvidia-h200.json")
-    new = AttendRow("attend", 64, 2, False, Choice("flash", Flash(64, 64, 4, 2)))
+    new = AttendRow("attend", 64, 2, False, ANY, False, Choice("flash", Flash(64, 64, 4, 2)))
     tuning.write(path, "a GPU", tune_attention.put(rows, new))
     after = tuning.read(path)
     assert new in after and len(after) == len(rows)
-    assert {row for row in rows if row[:4] != new[:4]} == set(after) - {new}
-    more = AttendRow("attend", 64, 2, True, Choice("flash", None))
+    assert {row for row in rows if row[:-1] != new[:-1]} == set(after) - {new}
+    more = AttendRow("attend", 64, 2, True, ANY, False, Choice("flash", None))
     assert len(tune_attention.put(after, more)) == len(rows) + 1
     decodes = DecodeRow("decode", 64, 2, 128, Choice("decode", Decode(64, 2, 3, 4)))
     assert len(tune_attention.put(after, decodes)) == len(rows)
+    other = new._replace(choice=Choice("flash", Flash(64, 128, 4, 2)))  # with which those for few pairs may not stand
+    assert set(tune_attention.put(after, other)) == {row for row in after if row[:4] != new[:4]} | {other}
 
 
 def test_tuning_begins_with_the_file_the_gpus_table_or_the_default(tmp_path, monkeypatch):
@@ -158,13 +160,14 @@ def test_tuning_begins_with_the_file_the_gpus_table_or_the_default(tmp_path, mon
     used = tuning.TABLES / f"{tuning.file_name(HERE)}.json"
     assert path == out and rows == tuning.read(used if used.exists() else tuning.TABLES / "default.json")
     assert tune_attention.target(HERE, None)[0] == used
-    row = AttendRow("attend", 64, 2, False, Choice("flash", Flash(64, 64, 4, 2)))
+    row = AttendRow("attend", 64, 2, False, ANY, False, Choice("flash", Flash(64, 64, 4, 2)))
     tuning.write(out, "a GPU", [row])
     assert tune_attention.target(HERE, out) == (out, [row])
 
 
-def test_a_run_prints_before_and_after_and_writes_a_table(tmp_path, monkeypatch, capsys, small):
-    """With a clock that says what tiles cost, on whatever is here."""
+@pytest.fixture
+def an_h200(small, monkeypatch):
+    """Whatever is here passes for one, with a clock that says what tiles cost."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(tuning, "file_name", lambda device: "nvidia-h200")
@@ -174,17 +177,30 @@ def test_a_run_prints_before_and_after_and_writes_a_table(tmp_path, monkeypatch,
     monkeypatch.setattr(tune_attention, "Timer", lambda prompts, choices, workers: FakeTimer(prompts, cost))
     monkeypatch.setattr(small, "right", lambda part, choice: True)
     monkeypatch.setattr(small, "seconds", lambda choice: {n: cost(choice) for n in small.inputs})
+
+
+def test_a_run_prints_before_and_after_and_writes_a_table(tmp_path, capsys, an_h200):
     out = tmp_path / "gpu.json"
     args = tune_attention._arguments(["--prompts", "6", "24", "--shape", "tiny-llama-3.2-1b", "--out", str(out)])
     with fresh_tables():
         tune_attention.tune_prompts.__wrapped__(args)
-    row = AttendRow("attend", 64, 2, False, Choice("flash", Flash(64, 128, 4, 2)))
+    row = AttendRow("attend", 64, 2, False, ANY, False, Choice("flash", Flash(64, 128, 4, 2)))
     assert row in tuning.read(out)
     told = capsys.readouterr().out.splitlines()
     assert told[0] == f"Some GPU: 5 minutes; {out}"
     assert told[1].startswith("tiny-llama-3.2-1b, head_dim 64 (before): 6 tokens 104.0 us ")
     assert told[2].startswith("tiny-llama-3.2-1b, head_dim 64 (after): 6 tokens 100.0 us ")
     assert told[2].endswith("flash(block_m=64, block_n=128, num_warps=4, num_stages=2)") and len(told) == 3
+
+
+def test_few_pairs_have_a_row_of_their_own_of_as_many_keys(tmp_path, capsys, small, an_h200):
+    out, before = tmp_path / "gpu.json", tuning.read(tuning.TABLES / "nvidia-h200.json")
+    wanted = ["--prompts", "6", "24", "--few", "--shape", "tiny-llama-3.2-1b", "llama-3.1-8b", "--out", str(out)]
+    with fresh_tables():
+        tune_attention.tune_prompts.__wrapped__(tune_attention._arguments(wanted))
+    row = AttendRow("attend", 64, 2, False, 24 * small.cfg.heads, False, Choice("flash", Flash(64, 64, 4, 2)))
+    assert set(tuning.read(out)) == {*before, row}
+    assert "llama-3.1-8b, head_dim 128: Hopper's kernel serves it" in capsys.readouterr().out
 
 
 def test_a_prompt_has_a_token(capsys):

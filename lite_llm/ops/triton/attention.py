@@ -38,13 +38,20 @@ def attend(
     # Decodes wait for memory, prompts for the tensor cores: each may run where the other leaves room.
     with aside(q.device, needed=0 < decodes < len(q)) as join:
         if len(q) > decodes:
-            kernel = tuning.choose_attend(q.device, q.shape[2], q.element_size(), window is not None).kernel
+            kernel = _choice(q, decodes, window).kernel
             prompts = attend_hopper if kernel == "hopper" and readable(q, k_pool, v_pool) else attend_flash
             prompts(q, k_pool, v_pool, out, table, rows, q_start, kv_len, decodes, scale, window, causal)
     if decodes:
         decode(q, k_pool, v_pool, out, table, rows, kv_len, decodes, scale, window)
     join()
     return out
+
+
+def _choice(q: Tensor, decodes: int, window: int | None) -> tuning.Choice:
+    """The table's, for the prompts among these tokens."""
+    tokens, heads, head_dim = q.shape
+    pairs = (tokens - decodes) * heads
+    return tuning.choose_attend(q.device, head_dim, q.element_size(), window is not None, pairs, decodes > 0)
 
 
 def attend_flash(
@@ -59,7 +66,7 @@ def attend_flash(
     kv_heads, requests = k_pool.shape[1], len(rows) - decodes
     group = heads // kv_heads
     if shape is None:
-        shape = tuning.choose_attend(q.device, head_dim, q.element_size(), window is not None).tile
+        shape = _choice(q, decodes, window).tile
     # Each request, and the pad rows behind the last, may leave one tile unfilled.
     most = (tokens - decodes) * group // shape.block_m + requests + 1
     _attend_kernel[(kv_heads, most)](
@@ -111,7 +118,7 @@ def aot_cases(capability: int) -> list[AotCase]:
     sizes = [(d, "bf16", 4, w) for d in HEAD_DIMS for w in (False, True)] + [(d, "fp32", 4, True) for d in HEAD_DIMS]
     sizes += [(128, "fp16", 4, False)] + [(128, "bf16", g, True) for g in (1, 2, 3, 5, 7, 8, 16)]
     sizes += [(d, "bf16", 1, False, False) for d in HEAD_DIMS] + [(d, "fp32", 1, False, False) for d in (64, 80)]
-    for _, dim, itemsize, windowed, (_, tile) in tuning.shipped("attend", capability):
+    for _, dim, itemsize, windowed, _, _, (_, tile) in tuning.shipped("attend", capability):
         if tile and tile != flash_default(dim, itemsize, windowed, capability):
             dtype = {2: "bf16", 4: "fp32"}[itemsize]
             sizes += [(dim, dtype, 4, windowed, True, tile)]

@@ -28,6 +28,8 @@ SHIPPED = {"nvidia-h200": 90}
 """Our tables but the default one, and the compute capability of their GPUs, for which aot.py compiles their tiles."""
 REQUESTS = (attention.MANY, TICKETS)
 """What rows of flash-decoding are for: few requests, or as many as a launch may have."""
+ANY = 1 << 30
+"""Of pairs or tokens: more than there can be."""
 
 Tile = gemv.Tile | skinny.Tile | wide.Tile | attention.Flash | attention.Decode
 
@@ -38,7 +40,7 @@ class Choice(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Of a matmul. The first four of any row say what it is for; no two in a table are the same."""
+    """Of a matmul. All but the choice of any row say what it is for; no two in a table are for the same."""
 
     op: str
     in_features: int
@@ -48,12 +50,16 @@ class Row(NamedTuple):
 
 
 class AttendRow(NamedTuple):
-    """Of prompts' attention."""
+    """Of prompts' attention. Rows that differ in `pairs` or `beside` alone have one kernel and as many keys in a tile:
+    so an answer has the same bits with any of them, for each of its rows is computed by itself.
+    """
 
     op: str
     head_dim: int
     itemsize: int  # bytes of an element of q, K and V
     windowed: bool
+    pairs: int  # for up to so many (token, head) pairs together
+    beside: bool  # only beside requests that decode, where it goes before a row that is for any
     choice: Choice
 
 
@@ -72,7 +78,7 @@ AnyRow = Row | AttendRow | DecodeRow
 
 class _Kind(NamedTuple):
     row: type[AnyRow]
-    keys: tuple[str, str, str]  # in a file, as the row has them
+    keys: tuple[str, ...]  # in a file, as the row has them
     tiles: dict[str, type[Tile] | None]  # of each kernel; None: it has none
 
 
@@ -84,12 +90,14 @@ _MATMUL = _Kind(
 )
 _KINDS = dict.fromkeys(OPS, _MATMUL) | {
     "attend": _Kind(
-        AttendRow, ("head_dim", "itemsize", "windowed"), {"flash": attention.Flash, "hopper": attention.Flash}
+        AttendRow,
+        ("head_dim", "itemsize", "windowed", "pairs", "beside"),
+        {"flash": attention.Flash, "hopper": attention.Flash},
     ),
     "decode": _Kind(DecodeRow, ("head_dim", "itemsize", "requests"), {"decode": attention.Decode}),
 }
 _MOST_TOKENS = {
-    "gemv": gemv.MOST_TOKENS, "skinny": skinny.MOST_TOKENS, "wide": wide.MOST_TOKENS, "cublas": 1 << 30
+    "gemv": gemv.MOST_TOKENS, "skinny": skinny.MOST_TOKENS, "wide": wide.MOST_TOKENS, "cublas": ANY
 }  # fmt: skip
 
 Table = dict[str, dict[tuple[int, int], list[Row]]]
@@ -108,12 +116,18 @@ def choose(device: torch.device, op: str, in_features: int, out_features: int, t
 
 
 @functools.cache
-def choose_attend(device: torch.device, head_dim: int, itemsize: int, windowed: bool) -> Choice:
-    """The kernel for prompts' attention, and the tile of flash attention, one that this GPU can run."""
+def choose_attend(
+    device: torch.device, head_dim: int, itemsize: int, windowed: bool, pairs: int, beside: bool
+) -> Choice:
+    """The kernel for so many (token, head) pairs of prompts, and the tile of flash attention, one that this GPU can
+    run; `beside`: requests decode in the same step.
+    """
     gpu = capability(device)
     tile = attention.flash_default(head_dim, itemsize, windowed, gpu)
     rows = [row for row in _rows(device) if row[:4] == ("attend", head_dim, itemsize, windowed)]
-    kernel, tuned = rows[0].choice if rows else ("hopper", None)
+    rows = [row for row in rows if row.pairs >= pairs and row.beside <= beside]
+    nearest = min(rows, key=lambda row: (row.pairs, not row.beside), default=None)
+    kernel, tuned = nearest.choice if nearest else ("hopper", None)
     if tuned and attention.flash_fits(tuned, head_dim, itemsize, gpu):
         tile = tuned
     served = kernel == "hopper" and attention.hopper_serves(head_dim, itemsize, gpu)
@@ -158,7 +172,7 @@ def file_name(device: torch.device) -> str:
 def by_shape(rows: Iterable[AnyRow]) -> Table:
     """The matmuls among these rows."""
     found: Table = {}
-    for row in sorted((row for row in rows if isinstance(row, Row)), key=lambda row: row[:4]):
+    for row in sorted((row for row in rows if isinstance(row, Row)), key=lambda row: row[:-1]):
         found.setdefault(row.op, {}).setdefault((row.in_features, row.out_features), []).append(row)
     return found
 
@@ -195,9 +209,11 @@ def read(path: Path) -> list[AnyRow]:
     for number, entry in enumerate(rows):
         try:
             row = _row(entry)
-            if row[:4] in done:
+            if row[:-1] in done:
                 raise ValueError("stands there twice")
-            done[row[:4]] = row
+            if isinstance(row, AttendRow):
+                _check_alike(row, done.values())
+            done[row[:-1]] = row
         except ValueError as error:
             raise EnvironmentProblem(f"{path}: row {number}, {shown(entry)}: {error}") from None
     return list(done.values())
@@ -212,9 +228,10 @@ def _row(entry: Any) -> AnyRow:
     if not expected - {"tile"} <= entry.keys() <= expected:
         raise ValueError(f"expected the keys {', '.join(sorted(expected))}")
     for key in kind.keys:
-        if key == "windowed" and type(entry[key]) is not bool:
-            raise ValueError(f"windowed = {shown(entry[key])}; expected true or false")
-        if key != "windowed" and (type(entry[key]) is not int or entry[key] < 1):
+        flag = key in ("windowed", "beside")
+        if flag and type(entry[key]) is not bool:
+            raise ValueError(f"{key} = {shown(entry[key])}; expected true or false")
+        if not flag and (type(entry[key]) is not int or entry[key] < 1):
             raise ValueError(f"{key} = {shown(entry[key])}; expected a whole number above 0")
     kernel = entry["kernel"]
     if kernel not in tuple(kind.tiles):
@@ -245,6 +262,22 @@ def _check(row: AnyRow) -> None:
         )
 
 
+def _check_alike(row: AttendRow, others: Iterable[AnyRow]) -> None:
+    """ValueError if an answer's bits would depend on what else is computed with it."""
+    for other in others:
+        if other[:4] == row[:4] and computed(other) != computed(row):
+            kernel, keys = computed(other)
+            raise ValueError(
+                f"expected kernel = {kernel} and block_n = {keys}, as another row of its head_dim has, for an answer's"
+                " bits may depend on neither pairs nor beside"
+            )
+
+
+def computed(row: AttendRow) -> tuple[str, int | None]:
+    """What an answer's bits depend on: the kernel, and keys in a tile."""
+    return row.choice.kernel, row.choice.tile and row.choice.tile.block_n
+
+
 def _tile(kernel: str, kind: type[Tile] | None, values: Any) -> Tile:
     if kind is None:
         raise ValueError(f"{kernel} has no tile")
@@ -262,8 +295,8 @@ def _tile(kernel: str, kind: type[Tile] | None, values: Any) -> Tile:
 def write(path: Path, gpu: str, rows: Iterable[AnyRow]) -> None:
     """A table file of sorted rows, one to a line; `read` gives them back."""
     lines = []
-    for row in sorted(rows, key=lambda row: row[:4]):
+    for row in sorted(rows, key=lambda row: row[:-1]):
         kernel, tile = row.choice
-        entry = {"op": row.op} | dict(zip(_KINDS[row.op].keys, row[1:4])) | {"kernel": kernel}
+        entry = {"op": row.op} | dict(zip(_KINDS[row.op].keys, row[1:-1])) | {"kernel": kernel}
         lines.append(json.dumps(entry | ({"tile": tile._asdict()} if tile else {})))
     path.write_text(f'{{"gpu": {json.dumps(gpu)}, "rows": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
