@@ -1,7 +1,8 @@
 """Tiles of attention: what one is, which a GPU can run, and the one to take where the table of the GPU has none.
 
-How many keys a tile has is a fact of model and GPU, never of the batch, on which a request's bits would then depend; the
-one exception is MANY. Apart from the kernels, because tuning.py reads tiles from tables and the kernels ask it for theirs.
+How many keys a tile has is a fact of model and GPU, never of the batch, on which a request's bits would then depend;
+the one exception is MANY. Apart from the kernels, because tuning.py reads tiles from tables and the kernels ask it for
+theirs.
 """
 
 from typing import NamedTuple
