@@ -5,9 +5,8 @@
 
 Prompts: the tile of the portable kernel that is fastest over all these lengths together, one prompt at a time, and then
 whether Hopper's is faster still where it serves. A tile is checked against the reference before it may win; the table
-in lite_llm/ops/triton/tuned/ is written after every shape, whose head dimension is what a row is for. With --few a row
-is for no more (token, head) pairs than the longest of these prompts has, and its tile has as many keys as that of the
-row for any number. Rows beside requests that decode are not tuned here.
+in lite_llm/ops/triton/tuned/ is written after every shape, whose head dimension is what a row is for. Rows for few
+pairs, and for steps with decodes, are not tuned here; those whose tiles have other keys than what is found go.
 
 Flash-decoding: what it costs depends on the kernels before and behind it, whose weights it shares the memory with, so
 whole layers are timed; what it adds is the difference to the same layers without it. It prints and writes nothing, for
@@ -83,15 +82,11 @@ def tune_prompts(args: argparse.Namespace) -> None:
         until = time.monotonic() + (end - time.monotonic()) / left
         cfg = registry.parse(HFConfig(shapes.shape_config(shape)))
         prompts = Prompts(cfg, args.prompts, device, torch.bfloat16, int(args.cold * (1 << 30)))
-        pairs = max(args.prompts) * cfg.heads if args.few else tuning.ANY
-        key = (cfg.head_dim, prompts.dtype.itemsize, prompts.window is not None, pairs, False)
-        first = tuning.choose_attend(device, *key)
-        if args.few and first.kernel == "hopper":
-            print(f"{shape}, head_dim {key[0]}: Hopper's kernel serves it, and has one tile for any number", flush=True)
-            continue
+        key = (cfg.head_dim, prompts.dtype.itemsize, prompts.window is not None)
+        first = tuning.choose_attend(device, *key, tuning.ANY, False)
         flash = Choice("flash", first.tile)
         timer = Timer(prompts, {PART: flash}, args.workers)
-        found = fastest_prompts(timer, flash, until, args.few)
+        found = fastest_prompts(timer, flash, until)
         for choice in dict.fromkeys((first, flash, Choice("flash", found.tile), found)):
             told = ", ".join(
                 f"{n:,} tokens {1e6 * s:.1f} us {prompts.flops(n) / s / 1e12:.0f} TFLOP/s"
@@ -99,30 +94,28 @@ def tune_prompts(args: argparse.Namespace) -> None:
             )
             when = " (before)" * (choice == first) + " (after)" * (choice == found)
             print(f"{shape}, head_dim {key[0]}{when}: {told} as {shown(choice)}", flush=True)
-        rows = put(rows, AttendRow("attend", *key, found))
+        rows, out = put(rows, AttendRow("attend", *key, tuning.ANY, False, found))
+        for row in out:
+            print(f"{shape}: out goes {shown(row.choice)} for {row.pairs:,} pairs, which has other keys", flush=True)
         tuning.write(path, gpu, rows)
 
 
-def fastest_prompts(timer: Timer, flash: Choice, until: float, few: bool = False) -> Choice:
-    """The kernel and, whichever that is, the best tile of the portable one that is found until then.
-
-    `few`: only tiles of as many keys, so that the bits of an answer stay what they are.
-    """
+def fastest_prompts(timer: Timer, flash: Choice, until: float) -> Choice:
+    """The kernel and, whichever that is, the best tile of the portable one that is found until then."""
     prompts = timer.chain
     facts = (prompts.cfg.head_dim, prompts.dtype.itemsize, capability(prompts.device))
     fitting = [choice for choice in around(flash, FLASH) if choice != flash and flash_fits(choice.tile, *facts)]
-    if few:
-        fitting = [choice for choice in fitting if choice.tile.block_n == flash.tile.block_n]
     served, now = hopper_serves(*facts), time.monotonic()
     best = timer.better(PART, {PART: flash}, fitting, now + (until - now) * (0.8 if served else 1.0))
     hopper = Choice("hopper", best.tile)
     return timer.better(PART, {PART: best}, [hopper], until) if served else best
 
 
-def put(rows: list[AnyRow], row: AttendRow) -> list[AnyRow]:
-    """The rows with one more, or another in its place, and without those that a table may not have beside it."""
-    alike = [other for other in rows if other[:4] != row[:4] or tuning.computed(other) == tuning.computed(row)]
-    return [other for other in alike if other[:-1] != row[:-1]] + [row]
+def put(rows: list[AnyRow], row: AttendRow) -> tuple[list[AnyRow], list[AnyRow]]:
+    """The rows with one more, or another in its place; and those that may not stand beside it, which are out."""
+    others = [other for other in rows if other[:-1] != row[:-1]]
+    out = [other for other in others if other[:4] == row[:4] and not tuning.alike(other, row)]
+    return [other for other in others if other not in out] + [row], out
 
 
 def start(weights: Weights, tokens: int) -> Choice:
@@ -164,7 +157,6 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", nargs="+", default=["llama-3.2-1b"], choices=shapes.shape_names(), metavar="NAME")
     parser.add_argument("--prompts", nargs="+", type=int, metavar="N", help="tune prompts of so many tokens")
-    parser.add_argument("--few", action="store_true", help="of --prompts: for no more tokens than the longest has")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 64], metavar="N")
     parser.add_argument("--context", type=int, default=512, help="keys that each request sees (at most 1024)")
     parser.add_argument("--width", type=int, default=4096, help="keys that the engine's longest request may see")

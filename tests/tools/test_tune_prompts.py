@@ -9,8 +9,8 @@ import torch
 from lite_llm.config import HFConfig
 from lite_llm.models import registry, shapes
 from lite_llm.ops.triton import tuning
-from lite_llm.ops.triton.attention_tiles import Decode, Flash, flash_fits
-from lite_llm.ops.triton.tuning import ANY, AttendRow, Choice, DecodeRow
+from lite_llm.ops.triton.attention_tiles import Flash, flash_fits
+from lite_llm.ops.triton.tuning import ANY, AttendRow, Choice
 from tests.close import DEVICE
 from tests.ops.tables import fresh_tables
 from tests.tools.test_tune import DTYPE, FAR, FakeTimer
@@ -142,16 +142,24 @@ def test_a_row_takes_the_place_of_its_like_alone(tmp_path):
     path = tmp_path / "gpu.json"
     rows = tuning.read(tuning.TABLES / "nvidia-h200.json")
     new = AttendRow("attend", 64, 2, False, ANY, False, Choice("flash", Flash(64, 64, 4, 2)))
-    tuning.write(path, "a GPU", tune_attention.put(rows, new))
+    after, out = tune_attention.put(rows, new)
+    tuning.write(path, "a GPU", after)
     after = tuning.read(path)
-    assert new in after and len(after) == len(rows)
+    assert new in after and len(after) == len(rows) and not out
     assert {row for row in rows if row[:-1] != new[:-1]} == set(after) - {new}
     more = AttendRow("attend", 64, 2, True, ANY, False, Choice("flash", None))
-    assert len(tune_attention.put(after, more)) == len(rows) + 1
-    decodes = DecodeRow("decode", 64, 2, 128, Choice("decode", Decode(64, 2, 3, 4)))
-    assert len(tune_attention.put(after, decodes)) == len(rows)
-    other = new._replace(choice=Choice("flash", Flash(64, 128, 4, 2)))  # with which those for few pairs may not stand
-    assert set(tune_attention.put(after, other)) == {row for row in after if row[:4] != new[:4]} | {other}
+    assert len(tune_attention.put(after, more)[0]) == len(rows) + 1
+
+
+def test_rows_for_few_pairs_go_if_they_have_other_keys(tmp_path):
+    path = tmp_path / "gpu.json"
+    rows = tuning.read(tuning.TABLES / "nvidia-h200.json")
+    new = AttendRow("attend", 64, 2, False, ANY, False, Choice("flash", Flash(64, 128, 4, 2)))
+    after, out = tune_attention.put(rows, new)
+    few = {row for row in rows if row[:4] == new[:4] and row[:-1] != new[:-1]}
+    assert set(out) == few and {(row.pairs, row.beside) for row in few} == {(16384, False), (16384, True)}
+    tuning.write(path, "a GPU", after)
+    assert set(tuning.read(path)) == {row for row in rows if row[:4] != new[:4]} | {new}
 
 
 def test_tuning_begins_with_the_file_the_gpus_table_or_the_default(tmp_path, monkeypatch):
@@ -165,9 +173,8 @@ def test_tuning_begins_with_the_file_the_gpus_table_or_the_default(tmp_path, mon
     assert tune_attention.target(HERE, out) == (out, [row])
 
 
-@pytest.fixture
-def an_h200(small, monkeypatch):
-    """Whatever is here passes for one, with a clock that says what tiles cost."""
+def test_a_run_prints_before_and_after_and_writes_a_table(tmp_path, monkeypatch, capsys, small):
+    """With a clock that says what tiles cost, on whatever is here."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(tuning, "file_name", lambda device: "nvidia-h200")
@@ -177,9 +184,6 @@ def an_h200(small, monkeypatch):
     monkeypatch.setattr(tune_attention, "Timer", lambda prompts, choices, workers: FakeTimer(prompts, cost))
     monkeypatch.setattr(small, "right", lambda part, choice: True)
     monkeypatch.setattr(small, "seconds", lambda choice: {n: cost(choice) for n in small.inputs})
-
-
-def test_a_run_prints_before_and_after_and_writes_a_table(tmp_path, capsys, an_h200):
     out = tmp_path / "gpu.json"
     args = tune_attention._arguments(["--prompts", "6", "24", "--shape", "tiny-llama-3.2-1b", "--out", str(out)])
     with fresh_tables():
@@ -190,17 +194,8 @@ def test_a_run_prints_before_and_after_and_writes_a_table(tmp_path, capsys, an_h
     assert told[0] == f"Some GPU: 5 minutes; {out}"
     assert told[1].startswith("tiny-llama-3.2-1b, head_dim 64 (before): 6 tokens 104.0 us ")
     assert told[2].startswith("tiny-llama-3.2-1b, head_dim 64 (after): 6 tokens 100.0 us ")
-    assert told[2].endswith("flash(block_m=64, block_n=128, num_warps=4, num_stages=2)") and len(told) == 3
-
-
-def test_few_pairs_have_a_row_of_their_own_of_as_many_keys(tmp_path, capsys, small, an_h200):
-    out, before = tmp_path / "gpu.json", tuning.read(tuning.TABLES / "nvidia-h200.json")
-    wanted = ["--prompts", "6", "24", "--few", "--shape", "tiny-llama-3.2-1b", "llama-3.1-8b", "--out", str(out)]
-    with fresh_tables():
-        tune_attention.tune_prompts.__wrapped__(tune_attention._arguments(wanted))
-    row = AttendRow("attend", 64, 2, False, 24 * small.cfg.heads, False, Choice("flash", Flash(64, 64, 4, 2)))
-    assert set(tuning.read(out)) == {*before, row}
-    assert "llama-3.1-8b, head_dim 128: Hopper's kernel serves it" in capsys.readouterr().out
+    assert told[2].endswith("flash(block_m=64, block_n=128, num_warps=4, num_stages=2)")
+    assert len(told) == 5 and all(": out goes flash(block_m=64, block_n=64" in line for line in told[3:])
 
 
 def test_a_prompt_has_a_token(capsys):

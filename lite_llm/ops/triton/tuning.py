@@ -50,16 +50,14 @@ class Row(NamedTuple):
 
 
 class AttendRow(NamedTuple):
-    """Of prompts' attention. Rows that differ in `pairs` or `beside` alone have one kernel and as many keys in a tile:
-    so an answer has the same bits with any of them, for each of its rows is computed by itself.
-    """
+    """Of prompts' attention. A row for few pairs, or in steps with decodes, comes with one for any that is `alike`."""
 
     op: str
     head_dim: int
     itemsize: int  # bytes of an element of q, K and V
     windowed: bool
-    pairs: int  # for up to so many (token, head) pairs together
-    beside: bool  # only beside requests that decode, where it goes before a row that is for any
+    pairs: int  # for up to so many (token, head) pairs together, pads among them
+    beside: bool  # only in steps in which others decode; there it goes before rows that are for any step
     choice: Choice
 
 
@@ -120,13 +118,13 @@ def choose_attend(
     device: torch.device, head_dim: int, itemsize: int, windowed: bool, pairs: int, beside: bool
 ) -> Choice:
     """The kernel for so many (token, head) pairs of prompts, and the tile of flash attention, one that this GPU can
-    run; `beside`: requests decode in the same step.
+    run; `beside`: others decode in the same step.
     """
     gpu = capability(device)
     tile = attention.flash_default(head_dim, itemsize, windowed, gpu)
     rows = [row for row in _rows(device) if row[:4] == ("attend", head_dim, itemsize, windowed)]
     rows = [row for row in rows if row.pairs >= pairs and row.beside <= beside]
-    nearest = min(rows, key=lambda row: (row.pairs, not row.beside), default=None)
+    nearest = min(rows, key=lambda row: (not row.beside, row.pairs), default=None)
     kernel, tuned = nearest.choice if nearest else ("hopper", None)
     if tuned and attention.flash_fits(tuned, head_dim, itemsize, gpu):
         tile = tuned
@@ -211,12 +209,30 @@ def read(path: Path) -> list[AnyRow]:
             row = _row(entry)
             if row[:-1] in done:
                 raise ValueError("stands there twice")
-            if isinstance(row, AttendRow):
-                _check_alike(row, done.values())
             done[row[:-1]] = row
         except ValueError as error:
             raise EnvironmentProblem(f"{path}: row {number}, {shown(entry)}: {error}") from None
+    for number, row in enumerate(done.values()):
+        if isinstance(row, AttendRow) and (row.beside or row.pairs < ANY):
+            other = done.get((*row[:4], ANY, False))
+            if other is None or not alike(row, other):
+                raise EnvironmentProblem(
+                    f"{path}: row {number}, {shown(rows[number])}: expected a row of its head_dim with pairs = {ANY},"
+                    " beside = false, for both itemsize = 2, kernel = flash, one block_n, and block_m = 64 or more, as"
+                    " an answer's bits may depend on neither pairs nor beside"
+                )
     return list(done.values())
+
+
+def alike(row: AttendRow, other: AttendRow) -> bool:
+    """Whether attention gives the same bits with both: keys are added up in the same blocks, and each token by itself.
+
+    Compared on an H200. In lower tiles, and with fp32, a token's keys are dealt out to threads in other ways.
+    """
+    (kernel, tile), (other_kernel, other_tile) = row.choice, other.choice
+    if not (kernel == other_kernel == "flash" and tile and other_tile and row.itemsize == 2):
+        return False
+    return tile.block_n == other_tile.block_n and min(tile.block_m, other_tile.block_m) >= 64
 
 
 def _row(entry: Any) -> AnyRow:
@@ -255,27 +271,13 @@ def _check(row: AnyRow) -> None:
         raise ValueError(f"head_dim = {row.head_dim}, itemsize = {row.itemsize}; expected {dims}, of 2 or 4 bytes")
     if kernel == "hopper" and not attention.hopper_serves(row.head_dim, row.itemsize, 90):
         raise ValueError(f"hopper takes head_dim = {attention.HOPPER_HEAD_DIM}, itemsize = 2 alone")
+    if isinstance(row, AttendRow) and row.pairs > ANY:
+        raise ValueError(f"pairs = {row.pairs}; expected at most {ANY}, which is for any number")
     if isinstance(row, DecodeRow) and row.requests not in REQUESTS:
         few, most = REQUESTS
         raise ValueError(
             f"requests = {row.requests}; expected {few} or {most}, for an answer's bits may depend on no other number"
         )
-
-
-def _check_alike(row: AttendRow, others: Iterable[AnyRow]) -> None:
-    """ValueError if an answer's bits would depend on what else is computed with it."""
-    for other in others:
-        if other[:4] == row[:4] and computed(other) != computed(row):
-            kernel, keys = computed(other)
-            raise ValueError(
-                f"expected kernel = {kernel} and block_n = {keys}, as another row of its head_dim has, for an answer's"
-                " bits may depend on neither pairs nor beside"
-            )
-
-
-def computed(row: AttendRow) -> tuple[str, int | None]:
-    """What an answer's bits depend on: the kernel, and keys in a tile."""
-    return row.choice.kernel, row.choice.tile and row.choice.tile.block_n
 
 
 def _tile(kernel: str, kind: type[Tile] | None, values: Any) -> Tile:
