@@ -6,7 +6,7 @@
 Prompts: the tile of the portable kernel that is fastest over all these lengths together, one prompt at a time, and then
 whether Hopper's is faster still where it serves. A tile is checked against the reference before it may win; the table
 in lite_llm/ops/triton/tuned/ is written after every shape, whose head dimension is what a row is for. Rows for few
-pairs, and for steps with decodes, are not tuned here; those whose tiles have other keys than what is found go.
+pairs, and for steps with decodes, are not tuned here; those that may not stand beside what is found go.
 
 Flash-decoding: what it costs depends on the kernels before and behind it, whose weights it shares the memory with, so
 whole layers are timed; what it adds is the difference to the same layers without it. It prints and writes nothing, for
@@ -96,7 +96,7 @@ def tune_prompts(args: argparse.Namespace) -> None:
             print(f"{shape}, head_dim {key[0]}{when}: {told} as {shown(choice)}", flush=True)
         rows, out = put(rows, AttendRow("attend", *key, tuning.ANY, False, found))
         for row in out:
-            print(f"{shape}: out goes {shown(row.choice)} for {row.pairs:,} pairs, which has other keys", flush=True)
+            print(f"{shape}: out goes {shown(row.choice)} for {row.pairs:,} pairs, which may not stand beside it", flush=True)
         tuning.write(path, gpu, rows)
 
 
