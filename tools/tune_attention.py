@@ -96,7 +96,7 @@ def tune_prompts(args: argparse.Namespace) -> None:
             print(f"{shape}, head_dim {key[0]}{when}: {told} as {shown(choice)}", flush=True)
         rows, out = put(rows, AttendRow("attend", *key, tuning.ANY, False, found))
         for row in out:
-            print(f"{shape}: out goes {shown(row.choice)} for {row.pairs:,} pairs, which may not stand beside it", flush=True)
+            print(f"{shape}: out goes, as it may not stand beside it, {shown(row.choice)} for {row.pairs:,} pairs")
         tuning.write(path, gpu, rows)
 
 
