@@ -195,7 +195,8 @@ def test_a_run_prints_before_and_after_and_writes_a_table(tmp_path, monkeypatch,
     assert told[1].startswith("tiny-llama-3.2-1b, head_dim 64 (before): 6 tokens 104.0 us ")
     assert told[2].startswith("tiny-llama-3.2-1b, head_dim 64 (after): 6 tokens 100.0 us ")
     assert told[2].endswith("flash(block_m=64, block_n=128, num_warps=4, num_stages=2)")
-    assert len(told) == 5 and all(": out goes, as it may not stand beside it, flash(block_m=64, block_n=64" in line for line in told[3:])
+    assert len(told) == 5
+    assert all(": out goes, as it may not stand beside it, flash(block_m=64, block_n=64" in line for line in told[3:])
 
 
 def test_a_prompt_has_a_token(capsys):
