@@ -114,6 +114,13 @@ def test_defaults_and_our_rows_fit_their_gpus(gpu):
     assert bool(tuning.shipped("attend", gpu)) == (gpu == 90)
 
 
+def test_our_rows_are_compiled_for_their_gpu():
+    """aot.py compiles these cases."""
+    names = {case.name for module in (attention, decode) for case in module.aot_cases(90)}
+    assert {f"attend-bf16-d64-g4-tile64x64w4s{stages}" for stages in (2, 4)} < names
+    assert {"attend-bf16-d128-g4-tile128x128w8s3", "decode-bf16-d64-g4-tile64r1a2"} < names
+
+
 @pytest.mark.parametrize("gpu, dim, itemsize, tile", [*FLASH_BYTES, *DECODE_BYTES])
 def test_no_tile_fits_where_its_kernel_would_not(monkeypatch, gpu, dim, itemsize, tile):
     """The bound is none that refuses everything either."""
