@@ -19,6 +19,7 @@ from lite_llm.ops.triton.attention_tiles import (
     flash_default,
     flash_fits,
 )
+from lite_llm.ops.triton.gpu import capability
 from lite_llm.ops.triton.tuning import ANY, AttendRow, Choice, DecodeRow
 from tests.close import DEVICE
 from tests.ops.attention import case, check
@@ -272,9 +273,9 @@ def test_rows_for_few_pairs_and_beside_decodes(table, monkeypatch):
 def test_an_answer_has_the_same_bits_with_every_row_of_its_head_dim():
     """Not so on a CPU: there matmuls are those of a library, which sums up large ones in other ways than small ones."""
     lengths, new = [700, 2100, 64, 65, 300, 31], [700, 129, 64, 1, 33, 31]
-    rows = [row for row in tuning._rows(HERE) if row.op == "attend"]
+    rows = tuning.shipped("attend", capability(HERE))
     for row in rows:
-        other = next(other for other in rows if other[:-1] == (*row[:4], tuning.ANY, False))
+        other = next(other for other in rows if other[:-1] == (*row[:4], ANY, False))
         for heads, kv_heads, causal in product((32, 14), (2,), (True, False)):
             c = case(lengths, new, heads, kv_heads, row.head_dim, torch.bfloat16, decodes=0)
             found = []
