@@ -9,7 +9,7 @@ from torch import Tensor
 from lite_llm import ops
 from lite_llm.config import ModelConfig
 from lite_llm.ops import reference
-from lite_llm.ops.triton import decode, gemv, skinny, skinny_qkv, wide, wide_qkv
+from lite_llm.ops.triton import decode, gemv, hopper_gated, skinny, skinny_qkv, wide, wide_qkv
 from lite_llm.ops.triton.gpu import capability
 from lite_llm.ops.triton.tuning import Choice
 
@@ -139,6 +139,8 @@ class Chain:
     ) -> Tensor:
         gated, eps = part == "gate_up", self.weights.cfg.norm_eps
         norm = self.weights.norm if residual is None else None
+        if choice.kernel == "hopper":
+            return hopper_gated.hopper_gated(x, weight, norm, eps)
         if choice.kernel != "cublas":
             call = {"gemv": gemv.gemv, "skinny": skinny.skinny, "wide": wide.wide}[choice.kernel]
             return call(x, weight, None, norm, eps, gated, residual, ahead, choice.tile)
@@ -154,6 +156,8 @@ class Chain:
             return enough and gemv.fits(choice.tile, inputs, self.tokens, op in ("gated", "qkv"))
         if choice.kernel == "cublas":
             return True
+        if choice.kernel == "hopper":
+            return op == "gated" and hopper_gated.serves(inputs, outputs, capability(self.weights.device))
         family, gpu = skinny if choice.kernel == "skinny" else wide, capability(self.weights.device)
         return family.fits(choice.tile, inputs, outputs, self.tokens, 2, op == "gated", gpu)
 

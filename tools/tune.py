@@ -171,6 +171,7 @@ def others(chain: Chain, part: str, best: Choice, hint: Choice | None) -> Iterat
     yield Choice("skinny", tile)
     yield Choice("skinny", tile._replace(tokens=_enough(chain.tokens)))
     if chain.tokens > WIDE:
+        yield Choice("hopper", None)
         tile = wide.default(*key, chain.tokens, capability(chain.weights.device))
         yield Choice("wide", tile)
         for tokens, rows, columns, warps, stages in WIDE_STARTS:

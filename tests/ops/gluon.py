@@ -1,7 +1,8 @@
 """Runs Gluon kernels without a GPU, as Triton's interpreter cannot: their source, with NumPy in place of the chip.
 
 Every warp group is a thread, and barriers of shared memory count as the chip's do. What is asynchronous happens as late
-as it may: matmuls read their operands when they are waited for. Registers, layouts and proxies are not modelled.
+as it may: matmuls and stores read their operands when they are waited for. Registers, layouts and proxies are not
+modelled.
 """
 
 import ast
@@ -89,13 +90,20 @@ class Pointer:
 
 
 class Boxes:
-    """What stands for a tensor map: a matrix, of which the copy engine brings boxes."""
+    """What stands for a tensor map: a matrix, of which the copy engine brings and takes boxes; zeros lie around it."""
 
     layout = None
 
     def __init__(self, matrix: np.ndarray, box: list[int]):
-        self.matrix, self.box = matrix, box
+        self.matrix, self.block_shape, self.dtype = matrix, box, matrix.dtype
         self.block_type = SimpleNamespace(nbytes=box[0] * box[1] * matrix.itemsize)
+
+    def at(self, corner: list[int]) -> np.ndarray:
+        """The part of a box that is within the matrix."""
+        (row, column), (high, across) = map(int, corner), self.block_shape
+        if row < 0 or column < 0:
+            raise IndexError(f"a box at {row}, {column}")
+        return self.matrix[row : row + high, column : column + across]
 
 
 class _Shared:
@@ -109,6 +117,10 @@ class _Shared:
 
     def permute(self, order: tuple) -> "_Shared":
         return _Shared(self.view.transpose(order))
+
+    def slice(self, first: int, length: int, dim: int) -> "_Shared":
+        assert dim == 0 and first + length <= len(self.view)
+        return _Shared(self.view[first : first + length])
 
     def store(self, value: Any) -> None:
         self.view[...] = value
@@ -183,9 +195,10 @@ class _Machine:
 
         def one(function: Callable, args: tuple) -> None:
             self.here.program, self.here.programs = where
-            self.here.pending = []
+            self.here.pending, self.here.stores = [], []
             function(*args)
             assert not self.here.pending, "a matmul that nobody waited for"
+            assert not self.here.stores, "a store that nobody waited for"
 
         self.side_by_side([lambda part=part: one(*part) for part in parts])
 
@@ -219,9 +232,19 @@ class _Machine:
         bar.view[0] = _Bar(count)
 
     def box(self, boxes: Boxes, corner: list[int], bar: _Shared, to: _Shared) -> None:
-        row, column = map(int, corner)
-        to.view[...] = boxes.matrix[row : row + boxes.box[0], column : column + boxes.box[1]]
+        part = boxes.at(corner)
+        to.view[...] = 0
+        to.view[: part.shape[0], : part.shape[1]] = part
         self.arrive(bar, expected=-boxes.block_type.nbytes)
+
+    def store_box(self, boxes: Boxes, corner: list[int], source: _Shared) -> None:
+        self.here.stores.append((boxes.at(corner), source))
+
+    def store_wait(self, outstanding: int) -> None:
+        stores = self.here.stores
+        while len(stores) > outstanding:
+            part, source = stores.pop(0)
+            part[...] = source.view[: part.shape[0], : part.shape[1]]
 
     def multiply(self, a: Any, b: _Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> _Product:
         product = _Product(a, b, acc if use_acc else 0)
@@ -233,8 +256,8 @@ class _Machine:
         while len(pending) > outstanding:
             self.switch()
             pending.pop(0).finish()
-        assert all(d.value is not None for d in deps)
-        return deps[0].value if len(deps) == 1 else tuple(d.value for d in deps)
+        found = tuple(d if d.value is None else d.value for d in deps)  # a product under way is no array yet
+        return found[0] if len(deps) == 1 else found
 
     def add(self, at: Pointer, value: int, sem: str, scope: str) -> int:
         self.switch()
@@ -255,6 +278,7 @@ class _Machine:
             full=lambda shape, value, dtype, layout: np.full(shape, value, dtype),
             zeros=lambda shape, dtype, layout: np.zeros(shape, dtype),
             convert_layout=lambda x, layout: x, where=np.where, minimum=np.minimum, maximum=np.maximum, exp2=np.exp2,
+            exp=np.exp, reshape=np.reshape, permute=np.transpose, split=lambda x: (x[..., 0], x[..., 1]),
             sum=lambda x, axis: x.sum(axis, dtype=x.dtype), max=lambda x, axis: x.max(axis),
             min=lambda x, axis: x.min(axis), SwizzledSharedLayout=_layout, SliceLayout=_layout, BlockedLayout=_layout,
             NVMMADistributedLayout=_layout, DotOperandLayout=_layout,
@@ -267,9 +291,10 @@ class _Machine:
         gather = lambda to, at, mask: to.store(at.read(mask, 0))  # noqa: E731
         copies = SimpleNamespace(async_load=gather, mbarrier_arrive=lambda bar: self.switch())
         return {
-            "gl": gl, "mbarrier": mbarrier, "async_copy": copies, "tma": SimpleNamespace(async_load=self.box),
-            "gluon": SimpleNamespace(jit=_jit), "fence_async_shared": lambda: None, "warpgroup_mma": self.multiply,
-            "warpgroup_mma_wait": self.finish, "_to": _to, "_div": _div, "_mod": _mod,
+            "gl": gl, "mbarrier": mbarrier, "async_copy": copies,
+            "tma": SimpleNamespace(async_load=self.box, async_store=self.store_box, store_wait=self.store_wait),
+            "gluon": SimpleNamespace(jit=_jit, constexpr_function=_jit), "fence_async_shared": lambda: None,
+            "warpgroup_mma": self.multiply, "warpgroup_mma_wait": self.finish, "_to": _to, "_div": _div, "_mod": _mod,
         }  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def test_every_candidate_fits(tokens, kernel, monkeypatch):
     for part in PARTS:
         found = tune.search(timer, part, {part: CUBLAS}, None, FAR)
         assert found.kernel == kernel
-    assert all((choice.tile is None) == (choice.kernel == "cublas") for choice in timer.tried)
+    assert all((choice.tile is None) == (choice.kernel in ("cublas", "hopper")) for choice in timer.tried)
     assert tokens > tune.WIDE or all(choice.kernel != "wide" for choice in timer.tried)
     assert all(timer.chain.tokens <= c.tile.tokens for c in timer.tried if c.kernel == "skinny")
 
@@ -163,9 +163,18 @@ def test_a_hint_from_fewer_tokens_loses_splits():
 
 
 def test_every_kernel_is_tried_with_its_default():
-    for tokens, more in ((16, set()), (256, {"wide"})):
-        kernels = {choice.kernel for choice in tune.others(model(tokens=tokens), "out", CUBLAS, None)}
+    for tokens, more in ((16, set()), (256, {"wide", "hopper"})):
+        chain = model(tokens=tokens)
+        kernels = {choice.kernel for choice in tune.others(chain, "out", CUBLAS, None)}
         assert kernels == {"cublas", "gemv", "skinny"} | more
+        assert not chain.possible("out", Choice("hopper", None))
+
+
+@pytest.mark.parametrize("gpu", [80, 90, 100])
+def test_hoppers_kernel_is_for_gate_and_up_on_hopper(monkeypatch, gpu):
+    monkeypatch.setattr(chains, "capability", lambda device: gpu)
+    found = [part for part in PARTS if model(tokens=256).possible(part, Choice("hopper", None))]
+    assert found == ["gate_up"] * (gpu == 90)
 
 
 def test_a_new_shape_keeps_its_tiles_for_other_numbers_of_tokens(tmp_path):

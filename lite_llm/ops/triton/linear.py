@@ -1,9 +1,9 @@
 """The matmuls of dense weights, with all that surrounds them: norms, biases, activations, the residual, RoPE.
 
 Up to some tens of tokens one kernel does all of that in one pass over the weight: from registers for four tokens at
-most (gemv.py), from shared memory for more (skinny.py). For more tokens one kernel does all but the norm (wide.py).
-Which, and with which tile, stands in a table (tuning.py). All else, and whatever those three do not support, is cuBLAS
-between separate kernels.
+most (gemv.py), from shared memory for more (skinny.py). For more tokens one kernel does all but the norm (wide.py; of
+gate and up on Hopper also hopper_gated.py). Which, and with which tile, stands in a table (tuning.py). All else, and
+whatever those do not support, is cuBLAS between separate kernels.
 """
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from lite_llm.ops.triton import tuning
 from lite_llm.ops.triton.activation import silu_mul
 from lite_llm.ops.triton.gemv import MOST_TOKENS, gemv, gemv_qkv
+from lite_llm.ops.triton.hopper_gated import hopper_gated, readable
 from lite_llm.ops.triton.kv import check_pools
 from lite_llm.ops.triton.layout import FLOATS, INTS, check
 from lite_llm.ops.triton.norm import rms_norm
@@ -42,6 +43,8 @@ def linear(
         return skinny(x, weight, bias, norm, eps, gated, None, ahead, tile)
     if kernel == "wide":
         return wide(x, weight, bias, norm, eps, gated, None, ahead, tile)
+    if kernel == "hopper" and bias is None and readable(x, weight):
+        return hopper_gated(x, weight, norm, eps)
     y = F.linear(x if norm is None else rms_norm(x, norm, eps), weight, bias)
     return silu_mul(y) if gated else y
 

@@ -18,7 +18,7 @@ import torch
 from lite_llm.errors import EnvironmentProblem, shown
 from lite_llm.ops.reference.attention import HEAD_DIMS
 from lite_llm.ops.triton import attention_tiles as attention
-from lite_llm.ops.triton import gemv, skinny, wide
+from lite_llm.ops.triton import gemv, hopper_gated, skinny, wide
 from lite_llm.ops.triton.gpu import capability
 from lite_llm.ops.triton.launch import TICKETS
 
@@ -35,8 +35,10 @@ Tile = gemv.Tile | skinny.Tile | wide.Tile | attention.Flash | attention.Decode
 
 
 class Choice(NamedTuple):
-    kernel: str  # of a matmul "gemv", "skinny", "wide" or "cublas"; of prompts' attention "flash" or "hopper"; "decode"
-    tile: Tile | None  # None: the kernel's default; always so of cublas. hopper's is flash's, for what it cannot read
+    kernel: str  # of a matmul "gemv", "skinny", "wide", "cublas" or, for gate and up, "hopper", which is
+    # hopper_gated.py; of prompts' attention "flash" or "hopper"; "decode"
+    tile: Tile | None  # None: the kernel's default; always so of cublas and of gate and up's hopper. That of attention
+    # has flash's, for what it cannot read
 
 
 class Row(NamedTuple):
@@ -84,7 +86,7 @@ CUBLAS = Choice("cublas", None)
 _MATMUL = _Kind(
     Row,
     ("in", "out", "tokens"),
-    {"gemv": gemv.Tile, "skinny": skinny.Tile, "wide": wide.Tile, "cublas": None},
+    {"gemv": gemv.Tile, "skinny": skinny.Tile, "wide": wide.Tile, "hopper": None, "cublas": None},
 )
 _KINDS = dict.fromkeys(OPS, _MATMUL) | {
     "attend": _Kind(
@@ -95,7 +97,7 @@ _KINDS = dict.fromkeys(OPS, _MATMUL) | {
     "decode": _Kind(DecodeRow, ("head_dim", "itemsize", "requests"), {"decode": attention.Decode}),
 }
 _MOST_TOKENS = {
-    "gemv": gemv.MOST_TOKENS, "skinny": skinny.MOST_TOKENS, "wide": wide.MOST_TOKENS, "cublas": ANY
+    "gemv": gemv.MOST_TOKENS, "skinny": skinny.MOST_TOKENS, "wide": wide.MOST_TOKENS, "hopper": ANY, "cublas": ANY
 }  # fmt: skip
 
 Table = dict[str, dict[tuple[int, int], list[Row]]]
@@ -192,6 +194,8 @@ def _fitting(choice: Choice, device: torch.device, op: str, in_features: int, ou
         for tile in (choice.tile or default, default):
             if family.fits(tile, in_features, out_features, tokens, 2, op == "gated", gpu):
                 return Choice(choice.kernel, tile)
+    if choice.kernel == "hopper" and hopper_gated.serves(in_features, out_features, capability(device)):
+        return choice
     return CUBLAS
 
 
@@ -265,6 +269,8 @@ def _check(row: AnyRow) -> None:
     if isinstance(row, Row):
         if row.tokens > _MOST_TOKENS[kernel]:
             raise ValueError(f"tokens = {row.tokens}; {kernel} takes at most {_MOST_TOKENS[kernel]}")
+        if kernel == "hopper" and row.op != "gated":
+            raise ValueError(f"op = {row.op}; hopper takes gated alone")
         return
     if row.head_dim not in HEAD_DIMS or row.itemsize not in (2, 4):
         dims = ", ".join(map(str, HEAD_DIMS))
