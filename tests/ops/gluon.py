@@ -283,6 +283,9 @@ class _Machine:
             min=lambda x, axis: x.min(axis), SwizzledSharedLayout=_layout, SliceLayout=_layout, BlockedLayout=_layout,
             NVMMADistributedLayout=_layout, DotOperandLayout=_layout,
             NVMMASharedLayout=SimpleNamespace(get_default_for=_layout),
+            shared_memory_descriptor=SimpleNamespace(
+                reinterpret=lambda memory, dtype, shape, layout: _Shared(memory.view.reshape(shape))
+            ),
         )  # fmt: skip
         mbarrier = SimpleNamespace(
             MBarrierLayout=_layout, init=self.init, wait=self.wait, arrive=self.arrive,

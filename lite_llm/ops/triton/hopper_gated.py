@@ -1,12 +1,14 @@
 """Gate and up with SiLU-mul, of many tokens on Hopper: one program on each multiprocessor, four groups of warps in it.
 
-One warp brings tokens, one brings weights, and two warp groups multiply, 64 tokens each. A tile is 128 tokens by some
-rows of gate and as many of up. The second group is two blocks behind the first: while one stores what it has, the other
-multiplies, and what the next tile needs is on its way already. The bits do not depend on how wide a tile is. Written in
-Gluon, which Triton's interpreter cannot run.
+One warp brings tokens, one brings weights, and two warp groups multiply, 64 tokens each. A tile is 128 tokens by 128
+rows of gate and as many of up; where such tiles would leave a last round half empty, its rows are dealt out in narrower
+ones. The second group is two blocks behind the first: while one stores what it has, the other multiplies, and what the
+next tile needs is on its way already. No bit depends on how rows are dealt out. Written in Gluon, which Triton's
+interpreter cannot run.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,17 +31,18 @@ from lite_llm.ops.triton.norm import rms_norm
 # Triton 3.6 and newer name these differently.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 _store_box = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
-TOKENS = 128  # of a tile
-COSTS = {128: 1.0, 112: 0.97, 96: 0.77, 64: 0.52}
-"""How long a tile of so many rows of gate takes (an H200). What is no power of two has several accumulators."""
+TOKENS, ROWS = 128, 128  # of a tile; rows of gate
+NARROW = {96: 0.77, 80: 0.68, 64: 0.52, 48: 0.46, 32: 0.36}
+"""How long tiles of fewer rows take, by the time of one of ROWS (an H200). What is no power of two is two matmuls."""
 
 _COLUMNS = gl.constexpr(64)  # of the input at a time
+_STAGES = 4  # blocks that shared memory holds, beside a finished tile and the barriers
 _LATE = gl.constexpr(2)  # blocks that the second group is behind at first
 _TOGETHER = 8  # tiles of tokens that go through a block of rows side by side
 _REGISTERS = 232  # of a thread that multiplies; who brings has 24
-_MOST_STAGES = 6
 
 
 def serves(in_features: int, out_features: int, capability: int) -> bool:
@@ -52,31 +55,47 @@ def readable(x: Tensor, weight: Tensor) -> bool:
     return x.is_cuda and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
+class Deal(NamedTuple):
+    """How rows of gate are dealt out: in blocks of ROWS, and the rest in blocks of `rows`."""
+
+    wide: int  # blocks
+    narrow: int
+    rows: int
+
+    def time(self, tiles: int, programs: int) -> float:
+        """Of the busiest of so many programs, in tiles of ROWS, if each block is `tiles` tiles and they go round."""
+        first, every = tiles * self.wide, tiles * (self.wide + self.narrow)
+        counts = ((-(-(first - p) // programs), -(-(every - p) // programs)) for p in range(min(programs, every)))
+        return max(max(wide, 0) + (all_ - max(wide, 0)) * NARROW[self.rows] for wide, all_ in counts)
+
+
 @functools.cache
-def rows_of(tokens: int, outputs: int, programs: int) -> int:
-    """Rows of gate in a tile: those with which the busiest program is done first."""
+def deal(tokens: int, outputs: int, programs: int) -> Deal:
+    """With which the busiest program is done first, and of these the one with most wide blocks."""
+    tiles, blocks, some = -(-tokens // TOKENS), -(-outputs // ROWS), next(iter(NARROW))
+    found = [Deal(blocks, 0, some)]
+    for round_ in range(tiles * blocks // programs + 1):
+        wide = round_ * programs // tiles
+        left = outputs - wide * ROWS
+        found += [Deal(wide, -(-left // rows), rows) for rows in NARROW if left > 0]
+    return min(found, key=lambda deal: (deal.time(tiles, programs), -deal.wide))
 
-    def busiest(rows: int) -> float:
-        return -(-(-(-tokens // TOKENS) * -(-outputs // rows)) // programs) * COSTS[rows]
 
-    return min(COSTS, key=busiest)
-
-
-def hopper_gated(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, rows: int | None = None) -> Tensor:
+def hopper_gated(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, how: Deal | None = None) -> Tensor:
     """`linear` with `gated` and without a bias, of any tokens: arguments as it has checked, `readable`, and of a shape
-    that this GPU `serves`. `rows` of a tile: one of COSTS.
+    that this GPU `serves`.
     """
     x = x if norm is None else rms_norm(x, norm, eps)
     (tokens, in_features), outputs, programs = x.shape, len(weight) // 2, processors(x.device)
-    parts = _parts(rows or rows_of(tokens, outputs, programs))
-    out, absent, dependent = x.new_empty(tokens, outputs), [None] * (3 - len(parts)), pdl(x.device)
-    tiles, blocks = -(-tokens // TOKENS), -(-outputs // sum(parts))
-    _hopper_gated_kernel[(min(programs, tiles * blocks),)](
+    wide, narrow, rows = how or deal(tokens, outputs, programs)
+    parts, tiles = _parts(rows), -(-tokens // TOKENS)
+    out, absent, dependent = x.new_empty(tokens, outputs), [None] * (2 - len(parts)), pdl(x.device)
+    _hopper_gated_kernel[(min(programs, tiles * (wide + narrow)),)](
         _boxes(x, TOKENS, _COLUMNS.value),
-        *(_boxes(weight, part, _COLUMNS.value) for part in parts), *absent,
-        *(_boxes(out, TOKENS // 2, part) for part in parts), *absent,
-        outputs, tiles, blocks, -(-in_features // _COLUMNS.value),
-        PARTS=parts, STAGES=_stages(parts), TOGETHER=_TOGETHER, REGISTERS=_REGISTERS, PDL=dependent,
+        *(_boxes(weight, part, _COLUMNS.value) for part in (ROWS, *parts)), *absent,
+        *(_boxes(out, TOKENS // 2, part) for part in (ROWS, *parts)), *absent,
+        outputs, tiles, wide, narrow, -(-in_features // _COLUMNS.value),
+        PARTS=parts, STAGES=_STAGES, TOGETHER=_TOGETHER, REGISTERS=_REGISTERS, PDL=dependent,
         num_warps=4, launch_pdl=dependent,
     )  # fmt: skip
     return out
@@ -84,14 +103,7 @@ def hopper_gated(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, row
 
 def _parts(rows: int) -> tuple[int, ...]:
     """Powers of two that add up to it, the largest first: a matmul of tensor cores has twice as many rows as a part."""
-    return tuple(part for part in (128, 64, 32, 16) if rows & part)
-
-
-def _stages(parts: tuple[int, ...]) -> int:
-    """Blocks that shared memory holds, beside a finished tile and the barriers."""
-    rows, itemsize = sum(parts), 2
-    left = SHARED[90] - 1024 - TOKENS * rows * itemsize
-    return min(left // ((TOKENS + 2 * rows) * _COLUMNS.value * itemsize), _MOST_STAGES)
+    return tuple(part for part in (64, 32, 16) if rows & part)
 
 
 def _boxes(matrix: Tensor, high: int, across: int) -> TensorDescriptor:
@@ -104,7 +116,7 @@ def _layout(high: int, across: int, kind: gl.dtype) -> gl.NVMMASharedLayout:
 
 
 def aot_cases(capability: int) -> list[AotCase]:
-    kinds = [("bf16", rows) for rows in COSTS] + [("fp16", 112)]
+    kinds = [("bf16", rows) for rows in NARROW] + [("fp16", 80)]
     return [_case(*kind) for kind in kinds] if capability == 90 else []
 
 
@@ -114,29 +126,28 @@ def _case(dtype: str, rows: int) -> AotCase:
     def box(high: int, across: int) -> str:
         return f"tensordesc<{dtype}[{high},{across}],{_layout(high, across, kind)!r}>"
 
-    kinds = {"x_boxes": box(TOKENS, _COLUMNS.value)} | dict.fromkeys(("outputs", "tiles", "blocks", "steps"), "i32")
-    constants = {"PARTS": parts, "STAGES": _stages(parts), "TOGETHER": _TOGETHER, "REGISTERS": _REGISTERS, "PDL": True}
-    for i in range(3):
-        if i < len(parts):
-            kinds |= {f"w{i}": box(parts[i], _COLUMNS.value), f"out{i}": box(TOKENS // 2, parts[i])}
-        else:
-            constants |= {f"w{i}": None, f"out{i}": None}
+    counts = ("outputs", "tiles", "wide", "narrow", "steps")
+    kinds = {"x_boxes": box(TOKENS, _COLUMNS.value)} | dict.fromkeys(counts, "i32")
+    for name, part in zip(("", "0", "1"), (ROWS, *parts)):
+        kinds |= {f"w{name}_boxes": box(part, _COLUMNS.value), f"out{name}_boxes": box(TOKENS // 2, part)}
+    constants = {"PARTS": parts, "STAGES": _STAGES, "TOGETHER": _TOGETHER, "REGISTERS": _REGISTERS, "PDL": True}
+    if len(parts) == 1:
+        constants |= {"w1_boxes": None, "out1_boxes": None}
     return AotCase(f"hopper-gated-{dtype}-{rows}", _hopper_gated_kernel, kinds, constants, {}, 4, 3, SHARED[90])
 
 
-@gluon.jit(do_not_specialize=["outputs", "tiles", "blocks", "steps"])
+@gluon.jit(do_not_specialize=["outputs", "tiles", "wide", "narrow", "steps"])
 def _hopper_gated_kernel(
-    x_boxes, w0, w1, w2, out0, out1, out2, outputs, tiles, blocks, steps,
+    x_boxes, w_boxes, w0_boxes, w1_boxes, out_boxes, out0_boxes, out1_boxes, outputs, tiles, wide, narrow, steps,
     PARTS: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Block n of a program's input is stage n % STAGES, round n // STAGES. It is `ready` when tokens and weights are
     there, and `free` when both groups have multiplied it; the other parity of `free` is passed at once in round 0.
     """
-    weights, outs = (w0,), (out0,)
+    WIDE: gl.constexpr = (w_boxes.block_shape[0],)
+    weights, outs = (w0_boxes,), (out0_boxes,)
     if len(PARTS) > 1:
-        weights, outs = (w0, w1), (out0, out1)
-    if len(PARTS) > 2:
-        weights, outs = (w0, w1, w2), (out0, out1, out2)
+        weights, outs = (w0_boxes, w1_boxes), (out0_boxes, out1_boxes)
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
@@ -145,16 +156,17 @@ def _hopper_gated_kernel(
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()
     x_ring = gl.allocate_shared_memory(x_boxes.dtype, [STAGES] + x_boxes.block_shape, x_boxes.layout)
-    rings, done = (), ()
-    for i in gl.static_range(len(PARTS)):
-        rings = rings + (_ring(weights[i], STAGES),)
-        done = done + (gl.allocate_shared_memory(x_boxes.dtype, [2] + outs[i].block_shape, outs[i].layout),)
-    place = (tiles, blocks, steps)
+    w_ring = gl.allocate_shared_memory(
+        x_boxes.dtype, [STAGES, 2 * w_boxes.block_shape[0], w_boxes.block_shape[1]], w_boxes.layout
+    )
+    done = gl.allocate_shared_memory(x_boxes.dtype, [2] + out_boxes.block_shape, out_boxes.layout)
+    place = (tiles, wide, narrow, steps)
+    shared = (x_ring, w_ring, done, ready, free)
     gl.warp_specialize([
-        (_multiply, (outs, place, rings, x_ring, done, ready, free, 0, PARTS, TOGETHER)),
-        (_multiply, (outs, place, rings, x_ring, done, ready, free, 1, PARTS, TOGETHER)),
-        (_bring_tokens, (x_boxes, place, x_ring, ready, free, TOGETHER, PDL)),
-        (_bring_weights, (weights, outputs, place, rings, ready, free, PARTS, TOGETHER)),
+        (_multiply, ((out_boxes,), outs, place, shared, 0, WIDE, PARTS, TOGETHER)),
+        (_multiply, ((out_boxes,), outs, place, shared, 1, WIDE, PARTS, TOGETHER)),
+        (_bring_tokens, (x_boxes, place, shared, TOGETHER, PDL)),
+        (_bring_weights, ((w_boxes,), weights, outputs, place, shared, WIDE, PARTS, TOGETHER)),
     ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
 
 
@@ -162,13 +174,6 @@ def _hopper_gated_kernel(
 def _before(parts, i):
     """Rows of the parts before the i-th."""
     return sum(parts[:i])
-
-
-@gluon.jit
-def _ring(boxes, STAGES: gl.constexpr):
-    return gl.allocate_shared_memory(
-        boxes.dtype, [STAGES, 2 * boxes.block_shape[0], boxes.block_shape[1]], boxes.layout
-    )
 
 
 @gluon.jit
@@ -181,94 +186,124 @@ def _place(number, tiles, blocks, TOGETHER: gl.constexpr):
 
 
 @gluon.jit
-def _bring_tokens(boxes, place, ring, ready, free, TOGETHER: gl.constexpr, PDL: gl.constexpr):
+def _bring_tokens(boxes, place, shared, TOGETHER: gl.constexpr, PDL: gl.constexpr):
     """Nothing else reads or writes what other kernels do, so nobody else waits for the kernel before this one."""
-    tiles, blocks, steps = place
+    x_ring, w_ring, done, ready, free = shared
+    tiles, wide, narrow, steps = place
     STAGES: gl.constexpr = ready.shape[0]
     release(PDL)
     wait(PDL)
     n = gl.to_tensor(0)
-    for number in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
-        tile, block = _place(number, tiles, blocks, TOGETHER)
+    for number in range(gl.program_id(0), tiles * (wide + narrow), gl.num_programs(0)):
+        before, blocks = 0, wide
+        if number >= tiles * wide:
+            before, blocks = tiles * wide, narrow
+        tile, block = _place(number - before, tiles, blocks, TOGETHER)
         for k in range(steps):
             stage = n % STAGES
             mbarrier.wait(free.index(stage), ((n // STAGES) & 1) ^ 1)
             mbarrier.expect(ready.index(stage), boxes.block_type.nbytes)
-            _load_box(boxes, [tile * boxes.block_shape[0], k * _COLUMNS], ready.index(stage), ring.index(stage))
+            _load_box(boxes, [tile * boxes.block_shape[0], k * _COLUMNS], ready.index(stage), x_ring.index(stage))
             n += 1
 
 
 @gluon.jit
 def _bring_weights(
-    weights, outputs, place, rings, ready, free, PARTS: gl.constexpr, TOGETHER: gl.constexpr
+    wides, narrows, outputs, place, shared, WIDE: gl.constexpr, PARTS: gl.constexpr, TOGETHER: gl.constexpr
 ):  # fmt: skip
-    tiles, blocks, steps = place
-    STAGES: gl.constexpr = ready.shape[0]
-    ROWS: gl.constexpr = _before(PARTS, len(PARTS))
+    tiles, wide, narrow, steps = place
+    number = gl.program_id(0)
     n = gl.to_tensor(0)
-    for number in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
-        tile, block = _place(number, tiles, blocks, TOGETHER)
-        for k in range(steps):
-            stage = n % STAGES
-            mbarrier.wait(free.index(stage), ((n // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready.index(stage), weights[0].block_type.nbytes // PARTS[0] * 2 * ROWS)
-            for i in gl.static_range(len(PARTS)):
-                row = block * ROWS + _before(PARTS, i)
-                _bring_part(weights[i], row, outputs, k, ready.index(stage), rings[i].index(stage))
-            n += 1
+    while number < tiles * wide:
+        tile, block = _place(number, tiles, wide, TOGETHER)
+        n = _bring_block(wides, block * WIDE[0], outputs, steps, shared, n, WIDE)
+        number += gl.num_programs(0)
+    while number < tiles * (wide + narrow):
+        tile, block = _place(number - tiles * wide, tiles, narrow, TOGETHER)
+        row = wide * WIDE[0] + block * _before(PARTS, len(PARTS))
+        n = _bring_block(narrows, row, outputs, steps, shared, n, PARTS)
+        number += gl.num_programs(0)
 
 
 @gluon.jit
-def _bring_part(boxes, row, outputs, k, ready, to):
+def _bring_block(weights, row, outputs, steps, shared, n, PARTS: gl.constexpr):
+    x_ring, w_ring, done, ready, free = shared
+    STAGES: gl.constexpr = ready.shape[0]
+    BYTES: gl.constexpr = weights[0].block_type.nbytes // PARTS[0] * 2 * _before(PARTS, len(PARTS))
+    for k in range(steps):
+        stage = n % STAGES
+        mbarrier.wait(free.index(stage), ((n // STAGES) & 1) ^ 1)
+        mbarrier.expect(ready.index(stage), BYTES)
+        for i in gl.static_range(len(PARTS)):
+            to = w_ring.index(stage).slice(2 * _before(PARTS, i), 2 * PARTS[i], 0)
+            _bring_part(weights[i], row + _before(PARTS, i), outputs, k, ready.index(stage), to, PARTS[i])
+        n += 1
+    return n
+
+
+@gluon.jit
+def _bring_part(boxes, row, outputs, k, ready, to, ROWS: gl.constexpr):
     """Rows of gate, and behind them those of up."""
-    HALF: gl.constexpr = boxes.block_shape[0]
-    _load_box(boxes, [row, k * _COLUMNS], ready, to.slice(0, HALF, 0))
-    _load_box(boxes, [row + outputs, k * _COLUMNS], ready, to.slice(HALF, HALF, 0))
+    _load_box(boxes, [row, k * _COLUMNS], ready, to.slice(0, ROWS, 0))
+    _load_box(boxes, [row + outputs, k * _COLUMNS], ready, to.slice(ROWS, ROWS, 0))
 
 
 @gluon.jit
 def _multiply(
-    outs, place, rings, x_ring, done, ready, free, me: gl.constexpr, PARTS: gl.constexpr, TOGETHER: gl.constexpr
+    wides, narrows, place, shared, me: gl.constexpr,
+    WIDE: gl.constexpr, PARTS: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """64 tokens of each tile."""
-    tiles, blocks, steps = place
-    STAGES: gl.constexpr = ready.shape[0]
-    ROWS: gl.constexpr = _before(PARTS, len(PARTS))
-    TOKENS: gl.constexpr = x_ring.shape[1]
-    HALF: gl.constexpr = TOKENS // 2
+    x_ring, w_ring, done, ready, free = shared
+    tiles, wide, narrow, steps = place
+    number = gl.program_id(0)
     n = gl.to_tensor(0)
     if (me == 1) & (steps > _LATE):
         mbarrier.wait(ready.index(_LATE), 0)
-    for number in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
-        tile, block = _place(number, tiles, blocks, TOGETHER)
-        sums = ()
-        for i in gl.static_range(len(PARTS)):
-            sums = sums + (_zeros(rings[i], HALF),)
-        for k in range(steps):
-            stage = n % STAGES
-            mbarrier.wait(ready.index(stage), (n // STAGES) & 1)
-            x = x_ring.index(stage).slice(me * HALF, HALF, 0)
-            under_way = ()
-            for i in gl.static_range(len(PARTS)):
-                w = rings[i].index(stage).permute((1, 0))
-                under_way = under_way + (warpgroup_mma(x, w, sums[i], is_async=True),)
-            sums = _waited(len(PARTS), under_way)  # for those of the block before
-            if k > 0:
-                mbarrier.arrive(free.index((n - 1) % STAGES), count=1)
-            n += 1
-        sums = _waited(0, sums)
-        mbarrier.arrive(free.index((n - 1) % STAGES), count=1)
-        tma.store_wait(0)  # what this group stored last is read
-        _barrier()
-        for i in gl.static_range(len(PARTS)):
-            at = [tile * TOKENS + me * HALF, block * ROWS + _before(PARTS, i)]
-            _store(sums[i], outs[i], at, done[i].index(me))
+    while number < tiles * wide:
+        tile, block = _place(number, tiles, wide, TOGETHER)
+        n = _multiply_block(wides, tile, block * WIDE[0], steps, shared, n, me, WIDE)
+        number += gl.num_programs(0)
+    while number < tiles * (wide + narrow):
+        tile, block = _place(number - tiles * wide, tiles, narrow, TOGETHER)
+        row = wide * WIDE[0] + block * _before(PARTS, len(PARTS))
+        n = _multiply_block(narrows, tile, row, steps, shared, n, me, PARTS)
+        number += gl.num_programs(0)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _zeros(ring, HIGH: gl.constexpr):
-    WIDE: gl.constexpr = ring.shape[1]
+def _multiply_block(outs, tile, row, steps, shared, n, me: gl.constexpr, PARTS: gl.constexpr):
+    x_ring, w_ring, done, ready, free = shared
+    STAGES: gl.constexpr = ready.shape[0]
+    HALF: gl.constexpr = x_ring.shape[1] // 2
+    sums = ()
+    for i in gl.static_range(len(PARTS)):
+        sums = sums + (_zeros(HALF, 2 * PARTS[i]),)
+    for k in range(steps):
+        stage = n % STAGES
+        mbarrier.wait(ready.index(stage), (n // STAGES) & 1)
+        x = x_ring.index(stage).slice(me * HALF, HALF, 0)
+        under_way = ()
+        for i in gl.static_range(len(PARTS)):
+            w = w_ring.index(stage).slice(2 * _before(PARTS, i), 2 * PARTS[i], 0)
+            under_way = under_way + (warpgroup_mma(x, w.permute((1, 0)), sums[i], is_async=True),)
+        sums = _waited(len(PARTS), under_way)  # for those of the block before
+        if k > 0:
+            mbarrier.arrive(free.index((n - 1) % STAGES), count=1)
+        n += 1
+    sums = _waited(0, sums)
+    mbarrier.arrive(free.index((n - 1) % STAGES), count=1)
+    tma.store_wait(0)  # what this group stored last is read
+    _barrier()
+    for i in gl.static_range(len(PARTS)):
+        at = [tile * 2 * HALF + me * HALF, row + _before(PARTS, i)]
+        _store(sums[i], outs[i], at, done.index(me), i)
+    return n
+
+
+@gluon.jit
+def _zeros(HIGH: gl.constexpr, WIDE: gl.constexpr):
     return gl.zeros([HIGH, WIDE], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16]))
 
 
@@ -283,11 +318,14 @@ def _waited(outstanding: gl.constexpr, sums):
 
 
 @gluon.jit
-def _store(sums, boxes, at, to):
+def _store(sums, boxes, at, done, i: gl.constexpr):
+    """The i-th part: a finished tile's memory is that of one wide part, or two halves of it for narrow ones."""
     HIGH: gl.constexpr = sums.shape[0]
     HALF: gl.constexpr = sums.shape[1] // 2
+    SIZE: gl.constexpr = done.shape[0] * done.shape[1]
     gate, up = gl.split(gl.permute(gl.reshape(sums, [HIGH, 2, HALF]), (0, 2, 1)))
-    to.store((gate / (1.0 + gl.exp(-gate)) * up).to(to.dtype))
+    to = _view(done, boxes.dtype, [SIZE // HALF, HALF], boxes.layout).slice(i * (SIZE // 2 // HALF), HIGH, 0)
+    to.store((gate / (1.0 + gl.exp(-gate)) * up).to(boxes.dtype))
     fence_async_shared()
     _barrier()
     _store_box(boxes, at, to)
