@@ -39,7 +39,8 @@ def test_the_tables_we_ship(path, tmp_path):
 @pytest.mark.parametrize("op", tuning.OPS)
 @pytest.mark.parametrize("shape", [(896, 1152), (4864, 896), (8, 1), (2048, 128256), (18944, 3584), (8192, 151936)])
 def test_a_gpu_without_a_table_runs_every_shape(op, shape):
-    for tokens, kernel in [(1, "gemv"), (4, "gemv"), (5, "skinny"), (64, "skinny"), (65, "cublas"), (9000, "cublas")]:
+    many = "hopper" if op == "gated" and shape[1] % 16 == 0 else "cublas"
+    for tokens, kernel in [(1, "gemv"), (4, "gemv"), (5, "skinny"), (64, "skinny"), (65, many), (9000, "cublas")]:
         chosen, tile = tuning.choose(torch.device("meta"), op, *shape, tokens)
         assert chosen == kernel
         if kernel == "gemv":
