@@ -251,12 +251,14 @@ def test_prompts_take_the_tile_of_their_number_and_of_what_is_beside_them(monkey
     """Two heads each; the kernel runs with the default, whatever was chosen."""
     asked = []
     monkeypatch.setattr(
-        tuning, "choose_attend", lambda *what: asked.append(what) or Choice("flash", Flash(16, 16, 4, 1))
+        tuning,
+        "choose_attend",
+        lambda at, *what: asked.append((at.type, *what)) or Choice("flash", Flash(16, 16, 4, 1)),
     )
     for new in ([5], [1, 5], [1, 2, 3]):
         check(case([9] * len(new), new, 2, 1, 16, decodes=new.count(1)))
     wanted = [(10, False), (10, True), (10, True)]
-    assert asked == [(HERE, 16, 4, False, *what) for what in wanted for _ in ("kernel", "tile")]
+    assert asked == [(DEVICE, 16, 4, False, *what) for what in wanted for _ in ("kernel", "tile")]
 
 
 def test_rows_for_few_pairs_and_beside_decodes(table, monkeypatch):
