@@ -11,6 +11,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -63,21 +64,24 @@ class Deal(NamedTuple):
     rows: int
 
     def time(self, tiles: int, programs: int) -> float:
-        """Of the busiest of so many programs, in tiles of ROWS, if each block is `tiles` tiles and they go round."""
+        """Of the busiest of so many programs, by that of one tile of ROWS, if each block is `tiles` tiles and they go
+        round. How many a program has changes from the first program to the last in two places at most.
+        """
         first, every = tiles * self.wide, tiles * (self.wide + self.narrow)
-        counts = ((-(-(first - p) // programs), -(-(every - p) // programs)) for p in range(min(programs, every)))
-        return max(max(wide, 0) + (all_ - max(wide, 0)) * NARROW[self.rows] for wide, all_ in counts)
+        starts = (0, first % programs, every % programs)
+        counts = ((triton.cdiv(first - p, programs), triton.cdiv(every - p, programs)) for p in starts)
+        return max(wide + (both - wide) * NARROW[self.rows] for wide, both in counts)
 
 
 @functools.cache
-def deal(tokens: int, outputs: int, programs: int) -> Deal:
+def deal(tiles: int, outputs: int, programs: int) -> Deal:
     """With which the busiest program is done first, and of these the one with most wide blocks."""
-    tiles, blocks, some = -(-tokens // TOKENS), -(-outputs // ROWS), next(iter(NARROW))
-    found = [Deal(blocks, 0, some)]
-    for round_ in range(tiles * blocks // programs + 1):
-        wide = round_ * programs // tiles
+    blocks = triton.cdiv(outputs, ROWS)
+    found = [Deal(blocks, 0, max(NARROW))]
+    for rounds in range(tiles * blocks // programs + 1):
+        wide = rounds * programs // tiles
         left = outputs - wide * ROWS
-        found += [Deal(wide, -(-left // rows), rows) for rows in NARROW if left > 0]
+        found += [Deal(wide, triton.cdiv(left, rows), rows) for rows in NARROW if left > 0]
     return min(found, key=lambda deal: (deal.time(tiles, programs), -deal.wide))
 
 
@@ -87,14 +91,15 @@ def hopper_gated(x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, how
     """
     x = x if norm is None else rms_norm(x, norm, eps)
     (tokens, in_features), outputs, programs = x.shape, len(weight) // 2, processors(x.device)
-    wide, narrow, rows = how or deal(tokens, outputs, programs)
-    parts, tiles = _parts(rows), -(-tokens // TOKENS)
+    tiles = triton.cdiv(tokens, TOKENS)
+    wide, narrow, rows = how or deal(tiles, outputs, programs)
+    parts = _parts(rows)
     out, absent, dependent = x.new_empty(tokens, outputs), [None] * (2 - len(parts)), pdl(x.device)
     _hopper_gated_kernel[(min(programs, tiles * (wide + narrow)),)](
         _boxes(x, TOKENS, _COLUMNS.value),
         *(_boxes(weight, part, _COLUMNS.value) for part in (ROWS, *parts)), *absent,
         *(_boxes(out, TOKENS // 2, part) for part in (ROWS, *parts)), *absent,
-        outputs, tiles, wide, narrow, -(-in_features // _COLUMNS.value),
+        outputs, tiles, wide, narrow, triton.cdiv(in_features, _COLUMNS.value),
         PARTS=parts, STAGES=_STAGES, TOGETHER=_TOGETHER, REGISTERS=_REGISTERS, PDL=dependent,
         num_warps=4, launch_pdl=dependent,
     )  # fmt: skip
